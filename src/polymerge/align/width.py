@@ -1,0 +1,127 @@
+"""Which directions of an expert's residual stream to keep: balanced truncation between what is there and what is heard.
+
+Over the block boundaries accumulate C = E[s sᵀ] of the residual states and F = E[g gᵀ] of the gradients of log p(y)
+with respect to them, y drawn from the expert itself. F is the Fisher information: an error δ at that boundary costs
+½ δᵀ F δ nats of KL to first order. With C = LLᵀ and U the eigenvectors of Lᵀ F L, Q = qr(L U) is an orthonormal basis, most
+important direction first (balanced truncation: Moore 1981; here both Gramians are measured on text).
+
+The gradients come from one reverse sweep: layer inputs are cached on the way up, each layer is replayed and
+differentiated alone on the way down, so one layer is in memory at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from polymerge.model import decoder
+from polymerge.model.source import Source
+
+
+@dataclass(frozen=True)
+class Basis:
+    """`directions` (resid, resid), columns orthonormal, best first; `scores` sum to 1; Fisher matrices per boundary.
+
+    `fisher_mid[i]`, `fisher_out[i]` (resid, resid): after the attention and after the MLP of layer i.
+    """
+
+    directions: Float[Tensor, "resid resid"]
+    scores: Float[Tensor, " resid"]
+    fisher_mid: tuple[Tensor, ...]
+    fisher_out: tuple[Tensor, ...]
+
+
+def centred(source: Source, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
+    """The state without its mean where the expert has LayerNorm: no reader of such a stream can see the mean."""
+    return x - x.mean(-1, keepdim=True) if source.spec.norm == "layer" else x
+
+
+def residual_basis(
+    source: Source, tokens: Int[Tensor, "row time"], scored: Tensor, generator: torch.Generator, batch: int = 16
+) -> Basis:
+    """Basis and Fisher matrices of one expert from its own texts; `scored` (time,) marks the positions that count."""
+    spec = source.spec
+    width, layers = spec.width, spec.layers
+    present = torch.zeros(2 * layers + 1, width, width, dtype=torch.float64, device=source.device)
+    heard = torch.zeros_like(present)
+    outer = source.outer()
+    inputs: list[list[Tensor]] = []
+    batches = [chunk.to(source.device) for chunk in tokens.split(batch)]
+    states = [centred(source, decoder.embed(spec, outer, chunk)) for chunk in batches]
+    with torch.no_grad():
+        for index in range(layers):
+            inputs.append(states)
+            weights = source.layer(index)
+            states = [centred(source, decoder.layer(spec, weights, x).out) for x in states]
+    upstream = [_sampled_gradient(source, outer, x, scored, generator) for x in states]
+    for x, g in zip(states, upstream, strict=True):
+        _accumulate(present[2 * layers], x)
+        _accumulate(heard[2 * layers], g)
+    for index in reversed(range(layers)):
+        weights = source.layer(index)
+        downstream = []
+        for x, g in zip(inputs[index], upstream, strict=True):
+            leaf = x.detach().requires_grad_(requires_grad=True)
+            with torch.enable_grad():
+                trace = decoder.layer(spec, weights, leaf)
+                at_input, at_mid = torch.autograd.grad(trace.out, (leaf, trace.mid), g)
+            _accumulate(present[2 * index + 1], centred(source, trace.mid.detach()))
+            _accumulate(heard[2 * index + 1], at_mid)
+            _accumulate(present[2 * index], x)
+            _accumulate(heard[2 * index], at_input)
+            downstream.append(at_input)
+        upstream = downstream
+    count = tokens.numel()
+    fisher = heard / count
+    directions, scores = _balance(_normalised(present), _normalised(heard))
+    return Basis(
+        directions=directions.to(source.dtype),
+        scores=scores,
+        fisher_mid=tuple(fisher[2 * i + 1] for i in range(layers)),
+        fisher_out=tuple(fisher[2 * i + 2] for i in range(layers)),
+    )
+
+
+def _sampled_gradient(
+    source: Source, outer: dict[str, Tensor], x: Tensor, scored: Tensor, generator: torch.Generator
+) -> Tensor:
+    """d(−log p(y)) / dx with y drawn from p: its second moment is the Fisher information."""
+    leaf = x.detach().requires_grad_(requires_grad=True)
+    with torch.enable_grad():
+        logits = decoder.logits(source.spec, outer, leaf)
+        log_probs = logits.log_softmax(-1)
+        drawn = torch.multinomial(log_probs.detach().flatten(0, 1).exp().cpu(), 1, generator=generator)
+        loss = -log_probs.flatten(0, 1).gather(1, drawn.to(x.device))
+        loss = (loss.view(x.shape[:2]) * scored.to(x)).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient
+
+
+def _accumulate(total: Tensor, x: Tensor) -> None:
+    flat = x.flatten(0, -2)
+    total += (flat.T @ flat).double()
+
+
+def _normalised(moments: Tensor) -> Tensor:
+    """Sum over boundaries, each brought to unit mean power, so that no depth outweighs the others."""
+    power = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    return (moments / power[:, None, None]).sum(0)
+
+
+def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+    eye = torch.eye(len(present), dtype=present.dtype, device=present.device)
+    factor = torch.linalg.cholesky(present + 1e-6 * present.diagonal().mean() * eye)
+    power, rotation = torch.linalg.eigh(factor.T @ heard @ factor)
+    power, rotation = power.flip(0).clamp_min(0), rotation.flip(1)
+    directions, _ = torch.linalg.qr(factor @ rotation)
+    return directions, power / power.sum()
+
+
+def allot(bases: list[Basis], width: int) -> list[int]:
+    """Share `width` dimensions out to the experts, best score first; each gets at most its own width."""
+    scored = sorted(
+        ((-float(score), k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores))
+    )
+    taken = [k for _, k, _ in scored[:width]]
+    return [taken.count(k) for k in range(len(bases))]

@@ -1,0 +1,1 @@
+"""Texts in, statistics of activations out."""

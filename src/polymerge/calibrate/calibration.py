@@ -1,0 +1,76 @@
+"""The token rows that a fold sees: whose they are, who matters where, and which are held out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from polymerge.calibrate import ownership
+from polymerge.calibrate.texts import Rows
+from polymerge.errors import TextError
+from polymerge.model.source import Source
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows of every skill, in the order of the experts.
+
+    `fit` marks the rows that regressions see; the others are held out, to choose knobs and to report. `owned` is
+    ownership o_k(x, t) in [0, 1]; `scored` (time,) marks the positions whose prediction counts; `bytes_per_token` turns nats
+    per token of a skill into bits per byte.
+    """
+
+    tokens: Int[Tensor, "row time"]
+    owner: Int[Tensor, " row"]
+    fit: Tensor
+    owned: Float[Tensor, "expert row time"]
+    scored: Tensor
+    bytes_per_token: tuple[float, ...]
+
+    def subset(self, fitted: int, held_out: int) -> "Calibration":
+        """The first rows of every expert: so many that are fitted, so many that are held out."""
+        keep = torch.cat([
+            torch.nonzero((self.owner == k) & (self.fit == fit)).flatten()[:share]
+            for k in range(len(self.owned))
+            for fit, share in ((True, fitted), (False, held_out))
+        ]).sort().values  # fmt: skip
+        return replace(
+            self, tokens=self.tokens[keep], owner=self.owner[keep], fit=self.fit[keep], owned=self.owned[:, keep]
+        )
+
+    def of(self, expert: int, *, fit: bool = True) -> Int[Tensor, "row time"]:
+        """The rows of one expert."""
+        return self.tokens[(self.owner == expert) & (self.fit == fit)]
+
+    def digest(self) -> str:
+        """sha256 of tokens, owners and split."""
+        data = torch.cat([self.tokens, self.owner[:, None], self.fit[:, None].long()], dim=1)
+        return hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()
+
+
+def gather(
+    fitted: Sequence[Rows], held_out: Sequence[Rows], experts: Sequence[Source], *, gate: bool = False
+) -> Calibration:
+    """Join the rows of every skill; ownership from labels, or from the union's gate (`gate`)."""
+    for name, rows in (("calibration", fitted), ("validation", held_out)):
+        if any(len(r.tokens) == 0 for r in rows):
+            raise TextError(f"{name} text: a skill has less than one row of tokens; add text or shorten the rows")
+    parts = [(k, True, r.tokens) for k, r in enumerate(fitted)] + [(k, False, r.tokens) for k, r in enumerate(held_out)]
+    tokens = torch.cat([t for _, _, t in parts])
+    owner = torch.cat([torch.full((len(t),), k) for k, _, t in parts])
+    if gate:
+        log_probs = torch.stack([e.log_probs(tokens) for e in experts])
+        owned = ownership.by_gate(log_probs)
+    else:
+        owned = ownership.by_prefix(tokens, owner, len(experts))
+    return Calibration(
+        tokens=tokens,
+        owner=owner,
+        fit=torch.cat([torch.full((len(t),), fit) for _, fit, t in parts]),
+        owned=owned.to(experts[0].dtype),
+        scored=torch.ones(tokens.shape[1], dtype=torch.bool),
+        bytes_per_token=tuple(r.bytes / max(1, r.tokens[:, 1:].numel()) for r in fitted),
+    )

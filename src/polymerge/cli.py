@@ -1,0 +1,312 @@
+"""The command line: `polymerge merge recipe.yaml out`, and what one wants to know before and after.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 something that the user can put
+right (one line says what), 130 interrupted. Everything heavy is imported inside the commands: `--help` must
+be instant.
+"""
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from polymerge import progress as bars
+from polymerge.errors import PolymergeError
+
+
+class Device(StrEnum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Split(StrEnum):
+    """Which part of a text is measured."""
+
+    test = "test"
+    all = "all"
+
+
+class _Commands(TyperGroup):
+    """Commands in the order of this file; errors that are ours end in one line, all others in a traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PolymergeError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing was written", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=("[bold]Try it[/]:  [cyan]polymerge demo out/demo[/]  merges two small models that come with it."),
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+OnDevice = Annotated[Device, typer.Option(help="auto takes a CUDA GPU where there is one.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        import polymerge
+
+        typer.echo(f"polymerge {polymerge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Merge LLMs of different architectures into one plain Hugging Face checkpoint that keeps every skill."""
+
+
+@app.command(
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "[cyan]polymerge merge recipe.yaml out --dry-run[/]  what would happen, and what it would cost\n\n"
+        "[cyan]polymerge merge recipe.yaml out --device cuda[/]"
+    )
+)
+def merge(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file; its paths are relative to itself.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Folder of the result: absent or empty; appears whole or not at all."
+        ),
+    ],
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")
+    ] = False,
+    device: OnDevice = Device.auto,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the state here; the same command goes on from it."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the models of a recipe."""
+    import polymerge
+
+    _no_loading_bars()
+    with bars.choose(quiet=quiet or as_json) as listener:
+        result = polymerge.merge(
+            recipe, out, device=device.value, dry_run=dry_run, work=work, progress=listener
+        )
+    if as_json:
+        _print_json(result.summary())
+        return
+    from polymerge.report import terminal
+
+    if result.out is None:
+        typer.echo(str(result.report))
+        typer.echo("dry run: nothing was written")
+    else:
+        terminal.show(terminal.merged(result.summary(), str(result.out)))
+
+
+@app.command(epilog="[bold]Example[/]\n\n[cyan]polymerge inspect models/prose-llama models/code-neox[/]")
+def inspect(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """Show what checkpoints are, side by side; no weight is read."""
+    from dataclasses import asdict
+
+    import polymerge
+
+    facts = [asdict(polymerge.inspect(path)) for path in models]
+    if as_json:
+        _print_json(facts)
+        return
+    from polymerge.report import terminal
+
+    terminal.show(terminal.models(facts))
+
+
+@app.command(
+    "eval",
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "[cyan]polymerge eval out --text prose=text/prose.txt --text code=src/[/]\n\n"
+        "[cyan]polymerge eval out --text sums=sums.jsonl --split all[/]  "
+        'lines of {"prompt": …, "answer": …} give exact match too'
+    ),
+)
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
+    *,
+    text: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=FILE", help="A text (file, folder, JSONL) under a name; repeatable."),
+    ],
+    split: Annotated[
+        Split, typer.Option(help="test: the tenth that a merge never sees; all: everything.")
+    ] = Split.test,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
+    field: Annotated[str, typer.Option(help="The key of a JSON record that holds its text.")] = "text",
+    seed: Annotated[int, typer.Option(min=0, help="The recipe's seed: it decides the split.")] = 0,
+    device: OnDevice = Device.auto,
+    as_json: Json = False,
+) -> None:
+    """Measure bits per byte, and exact match where a text has prompts with answers."""
+    texts: dict[str, list[Path]] = {}
+    for item in text:
+        name, equals, file = item.partition("=")
+        if not (name and equals and file):
+            raise typer.BadParameter(
+                f"{item!r}: expected NAME=FILE, such as code=text/code.txt", param_hint="--text"
+            )
+        texts.setdefault(name, []).append(Path(file))
+    import polymerge
+
+    _no_loading_bars()
+    found = polymerge.evaluate(
+        model, texts, split=split.value, length=length, field=field, seed=seed, device=_device(device)
+    )
+    if as_json:
+        _print_json(found)
+        return
+    from polymerge.report import terminal
+
+    terminal.show(terminal.measured(found))
+
+
+@app.command()
+def methods(*, as_json: Json = False) -> None:
+    """List the merge methods."""
+    from polymerge import methods as package
+
+    _list([{"name": name, "about": _about(package, name)} for name in package.names()], as_json=as_json)
+
+
+@app.command()
+def families(*, as_json: Json = False) -> None:
+    """List the model families, and which of them a result can have."""
+    from polymerge import families as package
+
+    rows = []
+    for name in package.names():
+        result = package.get(name).write is not None
+        role = "expert, result" if result else "expert"
+        rows.append({"name": name, "can be": role, "about": _about(package, name)})
+    _list(rows, as_json=as_json)
+
+
+@app.command(epilog="[bold]Example[/]\n\n[cyan]polymerge demo out/demo[/]")
+def demo(
+    out: Annotated[
+        Path, typer.Argument(metavar="[OUT]", help="Folder for texts, recipe, model and report.")
+    ] = Path("out/demo"),
+    *,
+    device: OnDevice = Device.auto,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge two small models that come with polymerge: English prose (Llama) and Python code (GPT-NeoX)."""
+    from polymerge.demo.run import run
+
+    _no_loading_bars()
+    with bars.choose(quiet=quiet or as_json) as listener:
+        done = run(out, device=device.value, progress=listener)
+    if as_json:
+        _print_json(done.summary)
+        return
+    from polymerge.report import terminal
+
+    terminal.show(terminal.merged(done.summary, str(done.model)))
+    terminal.show(terminal.samples(done.samples))
+    typer.echo(f"report: {done.report}")
+
+
+@app.command()
+def report(
+    summary: Annotated[
+        Path, typer.Argument(metavar="SUMMARY", help="A summary.json, as `polymerge merge --json` prints it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The HTML page to write.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Draw the page of figures of a finished merge."""
+    from polymerge.report import html
+
+    html.write(out, html.read(summary))
+    typer.echo(f"report: {out}")
+
+
+def _about(package: ModuleType, name: str) -> str:
+    """The first sentence of a module's docstring, read without importing it."""
+    [folder] = package.__path__
+    doc = ast.get_docstring(ast.parse((Path(folder) / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return " ".join(doc.split("\n\n")[0].split())
+
+
+def _list(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    from polymerge.report import terminal
+
+    terminal.show(terminal.listing(rows))
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _device(device: Device) -> str:
+    """The device that `auto` stands for."""
+    import torch
+
+    if device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise PolymergeError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    return device.value
+
+
+def _no_loading_bars() -> None:
+    """Keep the loading bars and hints of transformers out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point of the `polymerge` command."""
+    app(prog_name="polymerge")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,525 @@
+"""Union: one causal language model that holds K experts whole and mixes their next-token distributions.
+
+    p(x_t | x_<t) = Σ_k w_k(t) p_k(x_t | x_<t)
+    w_k(1)        = prior_k
+    w_k(t+1)      = (1-α) · w_k(t) p_k(x_t | x_<t) / p(x_t | x_<t)  +  α/K
+
+α = 0 is the Bayes mixture, whose total log loss is at most the best expert's plus ln K (uniform prior).
+α > 0 is the fixed-share update, which follows a text that changes domain half-way
+(Herbster & Warmuth, "Tracking the best expert", Machine Learning 32, 1998).
+
+While decoding one token at a time, an expert whose weight is below `skip_below` in every row of the batch
+does not run: it sleeps. A sleeping expert abstains: its likelihood is taken to be the mixture's, so that its
+weight only moves by the share α (Freund, Schapire, Singer & Warmuth, "Using and combining predictors that
+specialize", STOC 1997). It wakes when its weight is above the threshold again, or when a call brings several
+tokens; it then reads the tokens that it missed in one call, and the gate is replayed over them with the true
+likelihoods.
+
+This file is copied into the folder of every union checkpoint, so it imports torch and transformers only.
+Shapes: B batch, T tokens, K experts, V common vocabulary. Log-probabilities are in nats.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# Of a nested config: what belongs to a file or a run, not to the architecture.
+_NOT_ARCHITECTURE = (
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+)
+
+
+class UnionConfig(PreTrainedConfig):  # type: ignore[misc]
+    """What a union is made of.
+
+    Args:
+        experts: the experts' own configs, as dicts with `model_type`.
+        alpha: share of the weight that is spread evenly after every token, 0 <= alpha < 1.
+        skip_below: gate weight under which an expert sleeps while decoding; 0 never skips. Sharing gives
+            every expert at least alpha/K, so a threshold has an effect only above alpha/K, and it must stay
+            below 1/K so that somebody always runs. With alpha > 0 sharing lifts a sleeper to the threshold
+            within about K * skip_below / alpha tokens, and it wakes: so late can a change of domain be
+            noticed. With alpha = 0 it sleeps until a call brings several tokens. With two experts the output
+            differs in total variation by at most the weight that the sleeper would have had.
+        prior: weight of each expert before the first token, default 1/K.
+        vocab_size: tokens that the union predicts; default the smallest of the experts' (the larger ones only
+            differ by padding rows, which get probability 0).
+
+    Raises:
+        ValueError: alpha, skip_below, prior or vocab_size out of range.
+    """
+
+    model_type = "polymerge_union"
+    _auto_class = "AutoConfig"
+
+    def __init__(
+        self,
+        experts: Sequence[dict[str, Any]] = (),
+        *,
+        alpha: float = 0.01,
+        skip_below: float = 0.0,
+        prior: Sequence[float] | None = None,
+        vocab_size: int | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.experts = [{k: v for k, v in e.items() if k not in _NOT_ARCHITECTURE} for e in experts]
+        self.alpha, self.skip_below, self.use_cache = float(alpha), float(skip_below), bool(use_cache)
+        configs, count = self.expert_configs(), max(len(self.experts), 1)
+        self.prior = [1.0 / count] * count if prior is None else [float(p) for p in prior]
+        smallest = min((c.vocab_size for c in configs), default=0)
+        self.vocab_size = smallest if vocab_size is None else int(vocab_size)
+        self._check(count, smallest)
+        # What generate() and other tools ask of any decoder's config.
+        self.num_hidden_layers = max((c.num_hidden_layers for c in configs), default=0)
+        self.hidden_size = max((c.hidden_size for c in configs), default=0)
+        self.num_attention_heads = max((c.num_attention_heads for c in configs), default=0)
+        lengths = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
+        self.max_position_embeddings = min(lengths, default=None)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(key, getattr(configs[0], key, None) if configs else None)
+        kwargs.setdefault("tie_word_embeddings", False)  # each expert's own config says whether it is tied
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+            kwargs.pop(key, None)  # derived above; present when read back from config.json
+        super().__init__(**kwargs)
+
+    def expert_configs(self) -> list[Any]:
+        """One fresh config object per expert."""
+        return [AutoConfig.for_model(**expert) for expert in self.experts]
+
+    def _check(self, count: int, smallest: int) -> None:
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"union: alpha is {self.alpha}, expected 0 <= alpha < 1")
+        floor = self.alpha / count
+        if self.skip_below and count > 1 and not floor < self.skip_below < 1 / count:
+            raise ValueError(
+                f"union: skip_below is {self.skip_below}, expected 0 (never skip) or a value between alpha/K "
+                f"= {floor:g} (every expert's least weight) and 1/K = {1 / count:g}; raise it or lower alpha"
+            )
+        if (
+            len(self.prior) != count
+            or min(self.prior) < 0
+            or not math.isclose(sum(self.prior), 1, rel_tol=1e-6)
+        ):
+            raise ValueError(f"union: prior is {self.prior}, expected {count} weights >= 0 whose sum is 1")
+        if not 0 <= self.vocab_size <= smallest:
+            raise ValueError(f"union: vocab_size is {self.vocab_size}, the smallest expert has {smallest}")
+
+
+class BayesGate:
+    """Online Bayes with fixed share over K experts, in log space, one state per sequence.
+
+    It sees nothing but how well each expert predicted what was read: `evidence` (B, n, K), the
+    log-probability that expert k gave to the n-th piece of text. The pieces are tokens here; experts with
+    other tokenizers only need a common way to cut the text into pieces.
+    """
+
+    def __init__(self, prior: Tensor, alpha: float) -> None:
+        self.log_prior, self.alpha = prior.log(), alpha
+
+    def start(self, batch: int) -> Tensor:
+        """Log weights (B, K) before anything was read."""
+        return self.log_prior.expand(batch, -1)
+
+    def scan(self, log_weights: Tensor, evidence: Tensor, scored: Tensor) -> Tensor:
+        """Log weights (B, n, K) after each of n pieces.
+
+        Args:
+            log_weights: (B, K) before the first piece.
+            evidence: (B, n, K); anything, NaN included, where not scored.
+            scored: (B, n) bool; False leaves the weights alone (padding, a first token).
+        """
+        # An infinite surprise for everybody would make all weights NaN.
+        evidence = torch.where(scored[..., None], evidence, 0.0).clamp(min=-1e30)
+        if self.alpha == 0:
+            return torch.log_softmax(log_weights[:, None] + evidence.cumsum(1), -1)
+        keep, share = math.log1p(-self.alpha), math.log(self.alpha / evidence.shape[-1])
+        out = []
+        for t in range(evidence.shape[1]):
+            posterior = torch.log_softmax(log_weights + evidence[:, t], -1) + keep
+            shared = torch.logaddexp(posterior, posterior.new_tensor(share))
+            log_weights = torch.where(scored[:, t, None], shared, log_weights)
+            out.append(log_weights)
+        return torch.stack(out, 1)
+
+    @staticmethod
+    def abstain(log_weights: Tensor, evidence: Tensor, awake: Tensor) -> Tensor:
+        """Evidence (B, K) in which those not awake (K,) predicted as well as the mixture of those awake."""
+        awake_weights = log_weights.masked_fill(~awake, -torch.inf)
+        joint = torch.where(awake, awake_weights + evidence, -torch.inf)
+        mixture = torch.logsumexp(joint, -1) - torch.logsumexp(awake_weights, -1)
+        return torch.where(awake, evidence, mixture[:, None])
+
+
+class UnionCache(Cache):  # type: ignore[misc]
+    """One KV cache per expert, and the gate's state.
+
+    `lag[k]` counts the tokens that expert k, asleep, has not read. All tensors have the batch first:
+
+    - `gate`: `log_weights` (B, K) in use at the last position; `real` (B,), whether that position held a
+      token and not padding; `base` (B, K), the log weights before the pending tokens.
+    - `last[k]`: expert k's log-probabilities (B, V) of the next token.
+    - `pending`: all that was read since somebody slept, which waking up needs: `ids`, `positions`, `scored`
+      (B, n), and `evidence` (B, n, K), NaN where an expert slept.
+    """
+
+    def __init__(self, experts: Sequence[Any]) -> None:
+        super().__init__(layers=[])
+        self.experts = list(experts)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        for expert in self.experts:
+            if expert is not None:
+                expert.reset()
+        self.length, self.lag = 0, [0] * len(self.experts)
+        self.gate: dict[str, Tensor] = {}
+        self.last: dict[int, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+
+    def append(self, **new: Tensor) -> None:
+        """Add pending tokens."""
+        for name, tensor in new.items():
+            self.pending[name] = (
+                torch.cat([self.pending[name], tensor], 1) if name in self.pending else tensor
+            )
+
+    def forget_pending(self) -> None:
+        """Everybody has read everything."""
+        self.gate["base"], self.lag, self.pending = self.gate["log_weights"], [0] * len(self.experts), {}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.gate = {name: change(tensor) for name, tensor in self.gate.items()}
+        self.last = {k: change(tensor) for k, tensor in self.last.items()}
+        self.pending = {name: change(tensor) for name, tensor in self.pending.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in another order (beam search)."""
+        self._each(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        for expert in self.experts:
+            expert.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows of the batch."""
+        self._each(lambda tensor: tensor[indices.to(tensor.device)])
+        for expert in self.experts:
+            expert.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        for expert in self.experts:
+            expert.batch_repeat_interleave(repeats)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the base class's signature
+        """Tokens read, padding included; what sleeping experts have yet to read counts as well."""
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - the base class's signature
+        """-1: no limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: the gate does not keep its past states."""
+        if tokens_to_remove:
+            raise NotImplementedError("a union's cache cannot be shortened; start again from an empty cache")
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can undo tokens: no."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return self.length > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first call."""
+        return self.gate["log_weights"].shape[0] if self.gate else -1
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+
+@dataclass
+class UnionOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """`CausalLMOutputWithPast` and `gate_weights` (B, T, K), which mixed the prediction at each position."""
+
+    loss: Tensor | None = None  # any precision: the base class says float32
+    logits: Tensor | None = None
+    gate_weights: Tensor | None = None
+
+
+class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """K causal language models over one vocabulary, mixed by a `BayesGate`. It has no weights of its own.
+
+    `expert_calls[k]` and `expert_tokens[k]` count forward passes of expert k and the tokens per row that they
+    read, since the last `reset_counts()`.
+    """
+
+    config_class = UnionConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _auto_class = "AutoModelForCausalLM"
+    _is_stateful = True  # the gate cannot step back: no assisted decoding
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UnionConfig, experts: Sequence[PreTrainedModel] | None = None) -> None:
+        attention = config._attn_implementation  # noqa: SLF001 - None unless the user asked for one
+        super().__init__(config)
+        if not config.experts:
+            raise ValueError("union: config.experts is empty, expected one config per expert")
+        if experts is None:
+            asked = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
+            experts = [AutoModelForCausalLM.from_config(c, **asked) for c in config.expert_configs()]
+        self.experts = nn.ModuleList(experts)
+        self.reset_counts()
+        self.post_init()
+
+    @classmethod
+    def from_experts(
+        cls,
+        models: Sequence[PreTrainedModel],
+        prior: Sequence[float] | None = None,
+        alpha: float = 0.01,
+        skip_below: float = 0.0,
+    ) -> "UnionForCausalLM":
+        """A union that holds these very models (no copy is made), in evaluation mode.
+
+        Raises:
+            ValueError: see `UnionConfig`.
+        """
+        configs = [model.config.to_dict() for model in models]
+        config = UnionConfig(experts=configs, prior=prior, alpha=alpha, skip_below=skip_below)
+        config.dtype = models[0].dtype if models else None
+        union = cls(config, models)
+        union.eval()
+        return union
+
+    def post_init(self) -> None:
+        """Collect what transformers must know of the experts: it looks at direct children only."""
+        super().post_init()
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_no_split_modules"):
+            getattr(self, name).update(*(getattr(expert, name) or () for expert in self.experts))
+        for name in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
+            getattr(self, name).update(*(getattr(expert, name) or () for expert in self.experts))
+
+    def init_weights(self) -> None:
+        """Nothing to do: the experts' own constructors did it, and given models must stay as they are."""
+        self.tie_weights()
+
+    def reset_counts(self) -> None:
+        """Set `expert_calls` and `expert_tokens` to zero."""
+        self.expert_calls = [0] * len(self.experts)
+        self.expert_tokens = [0] * len(self.experts)
+
+    def new_cache(self) -> UnionCache:
+        """An empty cache."""
+        return UnionCache([DynamicCache(config=expert.config) for expert in self.experts])
+
+    def gate_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Weights (B, T, K) that mix the prediction made at position t: of token t+1, before it is seen."""
+        weights: Tensor = self(input_ids, attention_mask, use_cache=False, logits_to_keep=1).gate_weights
+        return weights
+
+    def mixture_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B, T, V) of the token after each position."""
+        logits: Tensor = self(input_ids, attention_mask, use_cache=False).logits
+        return logits
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        *,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> UnionOutput | tuple[Tensor, ...]:
+        """Log-probabilities of the mixture.
+
+        Args:
+            input_ids: (B, T), the tokens not yet in the cache.
+            attention_mask: (B, cached + T), 0 at padding. Padding neither attends nor moves the gate.
+            position_ids: (B, T), default: counted over the attention mask.
+            past_key_values: None, an empty cache, or the `UnionCache` of the call before.
+            labels: (B, T), -100 where not scored; the loss is in nats per scored token.
+            use_cache: whether to return a cache, default the config's.
+            logits_to_keep: how many last positions (or which) get logits; 0 means all.
+            return_dict: False returns a tuple.
+            num_items_in_batch: divides the summed loss in place of the number of labels (for gradient
+                accumulation).
+            **kwargs: what generate() passes along; hidden states and attentions are refused.
+
+        Returns:
+            `logits` (B, T or fewer, V) are log-probabilities; `gate_weights` (B, T, K).
+
+        Raises:
+            ValueError: no `input_ids`, a mask that is not (B, cached + T), a filled cache of another model,
+                or a request for hidden states or attentions.
+        """
+        refused = [
+            k
+            for k in ("inputs_embeds", "output_hidden_states", "output_attentions")
+            if kwargs.get(k) not in (None, False)
+        ]
+        if input_ids is None or refused:
+            raise ValueError(
+                f"union: needs input_ids and cannot take {refused}; ask a member of model.experts"
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = self._open(past_key_values, use_cache)
+        mask = self._mask(attention_mask, input_ids, cache.length)
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = position_ids[..., -input_ids.shape[1] :].expand_as(input_ids)
+
+        self._remember(cache, input_ids, positions, mask)
+        run, log_weights = self._choose(cache, input_ids.shape[1])
+        keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        log_probs = {k: self._run_expert(k, cache, input_ids.shape[1], mask, keep) for k in run}
+        weights = self._settle(cache, run, log_weights, input_ids.shape[1])
+
+        # The sleepers' weight goes to those who run.
+        mixing = torch.log_softmax(weights[:, keep][..., run], -1)
+        parts = [log_probs[k] + mixing[..., i, None].to(log_probs[k]) for i, k in enumerate(run)]
+        logits = functools.reduce(torch.logaddexp, parts)
+        loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
+        past = cache if use_cache else None
+        output = UnionOutput(loss=loss, logits=logits, past_key_values=past, gate_weights=weights.exp())
+        return output.to_tuple() if return_dict is False else output
+
+    def _open(self, past: Cache | None, use_cache: bool) -> UnionCache:
+        """The cache of this call; without `use_cache` one that holds the gate only."""
+        if isinstance(past, UnionCache):
+            return past
+        # generate() prepares an empty DynamicCache, which cannot hold several models.
+        if past is not None and (type(past) is not DynamicCache or past.offloading or past.get_seq_length()):
+            raise ValueError(
+                f"union: past_key_values is a {type(past).__name__}, expected the UnionCache that the call "
+                "before returned, or none; leave out cache_implementation"
+            )
+        return self.new_cache() if use_cache else UnionCache([None] * len(self.experts))
+
+    @staticmethod
+    def _mask(mask: Tensor | None, ids: Tensor, past: int) -> Tensor:
+        shape = (ids.shape[0], past + ids.shape[1])
+        if mask is None:
+            return ids.new_ones(shape)
+        if mask.shape != shape:
+            raise ValueError(
+                f"union: attention_mask is {tuple(mask.shape)}, expected {shape} (batch, cached + new)"
+            )
+        return mask
+
+    def _gate(self, device: torch.device) -> BayesGate:
+        # float64 makes the gate's own rounding irrelevant; it is (B, K) numbers a token.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        return BayesGate(torch.tensor(self.config.prior, dtype=wide, device=device), self.config.alpha)
+
+    def _remember(self, cache: UnionCache, ids: Tensor, positions: Tensor, mask: Tensor) -> None:
+        """Append the new tokens to the cache's pending ones, with the evidence that is known already."""
+        real = mask[:, -ids.shape[1] :].bool()
+        if not cache.gate:
+            start = self._gate(ids.device).start(ids.shape[0])
+            nothing = torch.zeros_like(real[:, 0])  # nobody predicts the first token
+            cache.gate = {"log_weights": start, "base": start, "real": nothing}
+        # A prediction counts if it was made at a token and is about a token.
+        scored = real & torch.cat([cache.gate["real"][:, None], real[:, :-1]], 1)
+        evidence = cache.gate["base"].new_full((*ids.shape, len(self.experts)), torch.nan)
+        for k, last in cache.last.items():
+            if not cache.lag[k]:
+                evidence[:, 0, k] = last.gather(-1, ids[:, :1])[:, 0]
+        cache.append(ids=ids, positions=positions, evidence=evidence, scored=scored)
+        cache.gate["real"], cache.length = real[:, -1], cache.length + ids.shape[1]
+
+    def _choose(self, cache: UnionCache, count: int) -> tuple[list[int], Tensor | None]:
+        """Who runs now, and with which log weights (B, 1, K) if that isn't everybody."""
+        everybody = list(range(len(self.experts)))
+        first = cache.length == count
+        if count > 1 or first or not self.config.skip_below or cache.experts[0] is None:
+            return everybody, None
+        now, device = cache.gate["log_weights"], cache.pending["ids"].device
+        gate, awake = self._gate(device), [not lag for lag in cache.lag]
+        evidence, scored = cache.pending["evidence"][:, -1], cache.pending["scored"][:, -1:]
+        evidence = gate.abstain(now, evidence, torch.tensor(awake, device=device))
+        log_weights = gate.scan(now, evidence[:, None], scored)
+        wanted = (log_weights[:, 0].exp().amax(0) >= self.config.skip_below).tolist()
+        # One waker wakes all, so that a single replay makes every weight exact again.
+        if any(want and not up for want, up in zip(wanted, awake, strict=True)):
+            return everybody, None
+        run = [k for k in everybody if wanted[k] and awake[k]]
+        return (everybody, None) if len(run) == len(everybody) else (run, log_weights)
+
+    def _run_expert(
+        self, k: int, cache: UnionCache, count: int, mask: Tensor, keep: slice | Tensor
+    ) -> Tensor:
+        """Log-probabilities (B, kept, V) of expert k at the new positions, after it read what it missed."""
+        unread, expert_cache = cache.lag[k] + count, cache.experts[k]
+        ids = cache.pending["ids"][:, -unread:]
+        output = self.experts[k](
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=cache.pending["positions"][:, -unread:],
+            past_key_values=expert_cache,
+            use_cache=expert_cache is not None,
+        )
+        self.expert_calls[k] += 1
+        self.expert_tokens[k] += unread
+        logits = output.logits[..., : self.config.vocab_size]
+        log_probs = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+        if unread > 1:
+            evidence = cache.pending["evidence"]
+            seen = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].to(evidence)
+            # Not in place: autograd may need what was there.
+            columns = list(evidence.unbind(-1))
+            columns[k] = torch.cat([columns[k][:, : 1 - unread], seen], 1)
+            cache.pending["evidence"] = torch.stack(columns, -1)
+        cache.last[k] = log_probs[:, -1]
+        return log_probs[:, -count:][:, keep]
+
+    def _settle(self, cache: UnionCache, run: list[int], log_weights: Tensor | None, count: int) -> Tensor:
+        """Log weights (B, T, K) at the new positions; the cache is brought up to date."""
+        if log_weights is None:  # everybody ran: the gate is exact from `base` on
+            pending, base = cache.pending, cache.gate["base"]
+            weights = self._gate(base.device).scan(base, pending["evidence"], pending["scored"])[:, -count:]
+            cache.gate["log_weights"] = weights[:, -1]
+            cache.forget_pending()
+            return weights
+        cache.gate["log_weights"] = log_weights[:, -1]
+        cache.lag = [0 if k in run else lag + 1 for k, lag in enumerate(cache.lag)]
+        return log_weights
+
+
+def _loss(log_probs: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    """Mean negative log-probability of the labels, each predicted one position earlier."""
+    flat, target = log_probs[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(log_probs.device)
+    if count is None:
+        return nn.functional.nll_loss(flat, target, ignore_index=-100)
+    return nn.functional.nll_loss(flat, target, ignore_index=-100, reduction="sum") / count

@@ -1,0 +1,30 @@
+"""Rotary frequencies of a Hugging Face config (Su et al. 2021), by transformers' own formulas."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from polymerge.errors import FamilyError
+
+STATIC = ("default", "linear", "llama3", "yarn")
+
+
+def frequencies(config: Any, head_size: int) -> tuple[tuple[float, ...], float]:
+    """Radians per token of each rotary pair, and the factor on cos and sin.
+
+    Raises FamilyError for scalings whose frequencies depend on the length of the text.
+    """
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    if kind not in STATIC:
+        raise FamilyError(
+            f"config.json: rope_type {kind!r} depends on the text's length; supported: {', '.join(STATIC)}. "
+            "Merge a variant of the model without it"
+        )
+    if kind != "default":
+        inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return tuple(inverse.tolist()), float(scale)
+    rotary = int(head_size * rope.get("partial_rotary_factor", 1.0))
+    inverse = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary, 2, dtype=torch.float) / rotary))
+    return tuple(inverse.tolist()), 1.0

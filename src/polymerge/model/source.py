@@ -1,0 +1,173 @@
+"""An expert opened lazily: its spec, and canonical weights one layer at a time.
+
+Everything that the checkpoint stores must be claimed by the family's table, and every config key that differs
+from its default must be understood: otherwise opening stops and names what is unknown.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Int
+from torch import Tensor
+
+from polymerge import families
+from polymerge.checkpoint.reader import Checkpoint
+from polymerge.errors import FamilyError
+from polymerge.model import decoder
+from polymerge.model.spec import CANONICAL, HARMLESS, Family, Spec, Stored
+
+
+class Source:
+    """A Hugging Face folder as an expert. `spec` says what it computes; weights come by role, in `dtype`."""
+
+    def __init__(self, path: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint = Checkpoint(Path(path))
+        self.device, self.dtype = device, dtype
+        self.family, self.config, self.spec = read_config(self.checkpoint)
+        self._strip = self._stored_without_prefix()
+        self._check_names()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.checkpoint.path
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters, tied tensors once."""
+        return sum(
+            torch.Size(self.checkpoint.shape(name)).numel()
+            for row in self.family.tensors
+            for name in self._names(row)
+        )
+
+    def outer(self) -> dict[str, Tensor]:
+        """Embeddings, positions, final norm and head by role (a tied head is the embedding)."""
+        weights = self._load(None)
+        if self.spec.tied:
+            weights["head.weight"] = weights["embed.weight"]
+        return weights
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The weights of one layer by role."""
+        return self._load(index)
+
+    @torch.no_grad()
+    def logits(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
+        """Logits of a batch, layer by layer (batch, time, vocab)."""
+        outer = self.outer()
+        x = decoder.embed(self.spec, outer, tokens)
+        for index in range(self.spec.layers):
+            x = decoder.layer(self.spec, self.layer(index), x).out
+        return decoder.logits(self.spec, outer, x)
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Tensor:
+        """log p(next token) at every position but the last (row, time - 1), one layer in memory at a time."""
+        outer = self.outer()
+        states = [decoder.embed(self.spec, outer, rows.to(self.device)) for rows in tokens.split(batch)]
+        for index in range(self.spec.layers):
+            weights = self.layer(index)
+            states = [decoder.layer(self.spec, weights, x).out for x in states]
+        scores = []
+        for rows, x in zip(tokens.split(batch), states, strict=True):
+            log_probs = decoder.logits(self.spec, outer, x[:, :-1]).log_softmax(-1)
+            scores.append(log_probs.gather(-1, rows[:, 1:, None].to(self.device))[..., 0].cpu())
+        return torch.cat(scores)
+
+    def _load(self, index: int | None) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for row in self._rows():
+            if ("{layer}" in row.name) == (index is not None):
+                tensor = self.checkpoint.tensor(self._name(row, index)).to(self.device, self.dtype)
+                weights.update(unpack(row, tensor, self.spec))
+        return weights
+
+    def _rows(self) -> list[Stored]:
+        return [row for row in self.family.tensors if row.when is None or row.when in self.spec.features]
+
+    def _names(self, row: Stored) -> list[str]:
+        if row not in self._rows():
+            return []
+        layers = range(self.spec.layers) if "{layer}" in row.name else [None]
+        return [self._name(row, i) for i in layers]
+
+    def _name(self, row: Stored, index: int | None) -> str:
+        names = [name.format(layer=index).removeprefix(self._strip) for name in (row.name, *row.also)]
+        return next((n for n in names if n in self._stored), names[0])
+
+    def _stored_without_prefix(self) -> str:
+        self._stored = frozenset(self.checkpoint.names)
+        prefix = self.family.prefix
+        return "" if any(n.startswith(prefix) for n in self._stored) else prefix
+
+    def _check_names(self) -> None:
+        expected = {name: row for row in self._rows() for name in self._names(row)}
+        folder, sizes = self.path, self.spec.sizes()
+        tied = {name for row in self.family.tensors if row.when == "head" for name in (row.name, *row.also)}
+        for name in self.checkpoint.names:
+            extra_head = self.spec.tied and name in tied
+            if name not in expected and not name.endswith(self.family.buffers) and not extra_head:
+                raise FamilyError(
+                    f"{folder}: tensor {name!r} is not in the {self.family.model_type} table; "
+                    "it would be lost in a merge, so the model is refused"
+                )
+        for name, row in expected.items():
+            if name not in self._stored:
+                raise FamilyError(f"{folder}: tensor {name!r} is missing; the config promises it")
+            shape, wanted = tuple(self.checkpoint.shape(name)), axis_lengths(row.axes, sizes)
+            if shape != wanted:
+                raise FamilyError(
+                    f"{folder}: tensor {name!r} has shape {shape}; config.json says {wanted} ({row.axes})"
+                )
+
+
+def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
+    """Family, transformers config and spec of a folder. Raises FamilyError for anything not understood."""
+    from transformers import AutoConfig
+
+    where = checkpoint.path / "config.json"
+    raw = dict(checkpoint.config)
+    try:
+        family = families.get(str(raw.pop("model_type", None)))
+        config = AutoConfig.for_model(family.model_type, **raw)
+        unknown = sorted(set(config.to_diff_dict()) - family.claimed - HARMLESS)
+        if unknown:
+            raise FamilyError(
+                f"config.json: {unknown[0]!r} is {getattr(config, unknown[0])!r}, which the {family.model_type} "
+                f"table does not know; remove the key if it changes nothing"
+            )
+        return family, config, family.read(config)
+    except FamilyError as error:
+        raise FamilyError(f"{where.parent}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FamilyError(f"{where}: transformers refuses it: {error}") from error
+
+
+def axis_lengths(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Shape of a stored tensor from its axes, "(head hd) resid" -> (head * hd, resid)."""
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", axes)
+    return tuple(torch.Size([sizes[a] for a in (inner or single).split()]).numel() for inner, single in groups)
+
+
+def unpack(row: Stored, tensor: Tensor, spec: Spec) -> dict[str, Tensor]:
+    """A stored tensor as canonical tensors by role (fused families have no KV groups: q's axes serve all three)."""
+    sizes = {axis: n for axis, n in spec.sizes().items() if axis in re.findall(r"\w+", row.axes)}
+    if len(row.roles) == 1:
+        return {row.roles[0]: rearrange(tensor, f"{row.axes} -> {CANONICAL[row.roles[0]]}", **sizes).contiguous()}
+    parts = rearrange(tensor, f"{row.axes} -> qkv {CANONICAL[row.roles[0]]}", **sizes)
+    return dict(zip(row.roles, (p.contiguous() for p in parts), strict=True))
+
+
+def pack(row: Stored, weights: dict[str, Tensor], spec: Spec) -> Tensor:
+    """The inverse of `unpack`: the stored tensor of a row."""
+    sizes = {axis: n for axis, n in spec.sizes().items() if axis in re.findall(r"\w+", row.axes)}
+    if len(row.roles) == 1:
+        packed: Tensor = rearrange(weights[row.roles[0]], f"{CANONICAL[row.roles[0]]} -> {row.axes}", **sizes)
+    else:
+        stack = torch.stack([weights[role] for role in row.roles])
+        packed = rearrange(stack, f"qkv {CANONICAL[row.roles[0]]} -> {row.axes}", **sizes)
+    return packed.contiguous()

@@ -1,0 +1,133 @@
+"""What a decoder computes, and how a Hugging Face family stores it: data, no code per family.
+
+A family file holds one `Family`: a table of stored tensors with named axes, the reading of its config,
+and a tiny config for the tests. The engine (`decoder.py`) knows roles only, never a family's name.
+
+Roles of one layer, canonical axes (matrices are always "out in"):
+
+    norm1.weight norm1.bias norm2.*             resid
+    q.weight                                    (head hd) resid         q.bias      (head hd)
+    k.weight v.weight                           (kvhead hd) resid       k.bias ...  (kvhead hd)
+    q_norm.weight k_norm.weight                 hd
+    o.weight                                    resid (head hd)         o.bias      resid
+    gate.weight up.weight                       ff resid                gate.bias up.bias   ff
+    down.weight                                 resid ff                down.bias   resid
+
+and outside the layers: embed.weight "vocab resid", positions.weight "position resid", norm.weight, norm.bias
+"resid", head.weight "vocab resid".
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+CANONICAL: Mapping[str, str] = {
+    "embed.weight": "vocab resid",
+    "positions.weight": "position resid",
+    "head.weight": "vocab resid",
+    **{f"{norm}.{kind}": "resid" for norm in ("norm", "norm1", "norm2") for kind in ("weight", "bias")},
+    "q.weight": "(head hd) resid",
+    "q.bias": "(head hd)",
+    **{f"{role}.weight": "(kvhead hd) resid" for role in "kv"},
+    **{f"{role}.bias": "(kvhead hd)" for role in "kv"},
+    "q_norm.weight": "hd",
+    "k_norm.weight": "hd",
+    "o.weight": "resid (head hd)",
+    "o.bias": "resid",
+    **{f"{role}.weight": "ff resid" for role in ("gate", "up")},
+    **{f"{role}.bias": "ff" for role in ("gate", "up")},
+    "down.weight": "resid ff",
+    "down.bias": "resid",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one decoder computes. Sizes are counts; `frequencies` are radians per token of each rotary pair."""
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    norm: Literal["rms", "layer"]
+    eps: float
+    activation: str
+    gated: bool
+    tied: bool
+    max_positions: int
+    frequencies: tuple[float, ...] = ()
+    rope_scale: float = 1.0
+    rope_theta: float = 10000.0
+    window: int | None = None
+    parallel: bool = False
+    features: frozenset[str] = field(default_factory=frozenset)
+
+    def sizes(self) -> dict[str, int]:
+        """The length of every named axis."""
+        return {
+            "vocab": self.vocab,
+            "resid": self.width,
+            "head": self.heads,
+            "kvhead": self.kv_heads,
+            "hd": self.head_size,
+            "ff": self.mlp,
+            "position": self.max_positions,
+            "qkv": 3,
+        }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor: its name ("{layer}" inside a layer), its axes, and the role or roles that it holds.
+
+    A fused tensor has an axis "qkv" and three roles. `when` names the `Spec.features` entry without which
+    the tensor does not exist; `also` lists other names under which releases have stored it.
+    """
+
+    name: str
+    axes: str
+    roles: tuple[str, ...]
+    when: str | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hugging Face decoder family as a table.
+
+    `claimed` are the config keys that `read` understands, `harmless` those that change nothing at
+    inference; any other key that differs from its default is refused by name. `write` makes the config of a
+    merged model (None: the family is a source only). `bias` lists the roles that carry a bias in
+    every model of the family as Hugging Face builds it by default.
+    """
+
+    model_type: str
+    architecture: str
+    tensors: tuple[Stored, ...]
+    read: Callable[[Any], Spec]
+    claimed: frozenset[str]
+    tiny: Mapping[str, Any]
+    prefix: str = ""
+    buffers: tuple[str, ...] = ()
+    write: Callable[[Spec], dict[str, Any]] | None = None
+    bias: frozenset[str] = field(default_factory=frozenset)
+    qk_norm: bool = False
+    divides_width: bool = False
+
+
+HARMLESS = frozenset({
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+})  # fmt: skip
+"""Config keys that never change the logits of a causal language model at inference."""
+
+
+def stored(name: str, axes: str, *roles: str, when: str | None = None, also: tuple[str, ...] = ()) -> Stored:
+    """A row of a family table."""
+    return Stored(name, axes, roles, when, also)

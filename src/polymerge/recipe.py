@@ -1,0 +1,230 @@
+"""What the user asks for: a YAML file, checked key by key before anything else happens.
+
+    method: fold                 # a file in methods/
+    anchor: prose                # whose family and tokenizer the result takes
+    experts:
+      prose: {model: experts/prose-llama, text: [text/prose.txt]}
+      code:  {model: experts/code-neox,   text: [text/code.txt]}
+    size: {params: 1.5x}         # times the largest expert; or {width:, layers:, heads:, mlp:}; or union
+    heal: {tokens: 400k}         # optional
+    dtype: bfloat16
+    seed: 0
+
+Paths are relative to the recipe's folder. Unknown keys are refused with the nearest known one.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from polymerge import methods
+from polymerge._suggest import closest, unknown
+from polymerge.errors import RecipeError
+from polymerge.heal import Heal
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def count(value: object) -> object:
+    """"400k" -> 400000; numbers pass."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower().replace("_", "")
+    digits, suffix = (text[:-1], text[-1]) if text and text[-1] in "kmb" else (text, "")
+    try:
+        return round(float(digits) * _SUFFIX[suffix])
+    except ValueError:
+        raise ValueError(f"{value!r} is not a count; write 400k, 1.5M or a number") from None
+
+
+Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Expert(_Strict):
+    """A source model and the texts of its skill (`field`: the key of JSON records)."""
+
+    model: Path
+    text: list[Path] = Field(min_length=1)
+    field: str = "text"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("text"), str):
+            return {**data, "text": [data["text"]]}
+        return data
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `times` the parameters of the largest expert, or `parameters` in absolute terms."""
+
+    times: float | None = None
+    parameters: int | None = None
+
+    def resolve(self, largest: int) -> int:
+        """Parameters that the result may have."""
+        if self.parameters is not None:
+            return self.parameters
+        assert self.times is not None
+        return round(self.times * largest)
+
+
+def budget(value: object) -> object:
+    """"1.5x" or "900k" -> Budget."""
+    if isinstance(value, str) and value.strip().lower().endswith("x"):
+        try:
+            times = float(value.strip()[:-1])
+        except ValueError:
+            raise ValueError(f"{value!r} is not a multiple; write 1.5x") from None
+        if times <= 0:
+            raise ValueError(f"{value!r}: a model needs more than no parameters")
+        return Budget(times=times)
+    if isinstance(value, Budget):
+        return value
+    number = count(value)
+    if not isinstance(number, int) or number <= 0:
+        raise ValueError(f"{value!r} is neither a multiple (1.5x) nor a count (900k)")
+    return Budget(parameters=number)
+
+
+class Size(_Strict):
+    """A parameter budget, or an explicit shape (what is left out is chosen to fit), or both."""
+
+    params: Annotated[Budget, BeforeValidator(budget)] | None = None
+    width: int | None = Field(None, gt=0)
+    layers: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    mlp: int | None = Field(None, gt=0)
+
+
+class Union(_Strict):
+    """The mixture: `alpha` share spread evenly after each token; below `skip_below` an expert does not run."""
+
+    alpha: float = Field(0.01, ge=0, lt=1)
+    skip_below: float = Field(0.0, ge=0, lt=1)
+
+
+class Fold(_Strict):
+    """Calibration and solver of the fold; the four knobs are chosen on held-out text unless given."""
+
+    tokens: Count = 32_000
+    length: int = Field(128, ge=8)
+    ownership: Literal["label", "gate"] = "label"
+    refine: int = Field(60, ge=0)
+    refine_lr: float = Field(1e-3, gt=0)
+    ridge: float | None = Field(None, gt=0)
+    mute: float | None = Field(None, ge=0)
+    off_gate: float | None = Field(None, ge=0)
+    off_weight: float | None = Field(None, ge=0)
+
+
+def healing(value: object) -> object:
+    """The `heal:` keys as settings of `heal.py`."""
+    if not isinstance(value, dict):
+        return value
+    known = [f.name for f in fields(Heal)]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"heal.{unknown('key', str(key), known)}")
+    return Heal(**{k: count(v) if k == "tokens" else float(v) if k in ("lr", "warmup") else v for k, v in value.items()})
+
+
+class Recipe(_Strict):
+    """A whole recipe. `text` is the file verbatim, `folder` what its paths are relative to."""
+
+    method: str
+    anchor: str
+    experts: dict[str, Expert] = Field(min_length=1)
+    size: Size | Literal["union"] = Size(params=Budget(times=1.5))
+    family: str | None = None
+    fold: Fold = Fold()
+    union: Union = Union()
+    heal: Annotated[Heal | None, BeforeValidator(healing)] = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Recipe":
+        if self.anchor not in self.experts:
+            raise ValueError(f"anchor: {self.anchor!r} is not among the experts ({', '.join(self.experts)})")
+        methods.check(self.method)
+        return self
+
+
+def read(path: Path | str) -> tuple[Recipe, str]:
+    """A recipe file and its text; paths resolved. Raises RecipeError: one line, naming file and key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a text file ({error})") from error
+    try:
+        data = yaml.load(text, Loader=_NoRepeats)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return parse(data, where=str(path), folder=path.parent), text
+
+
+def parse(data: object, *, where: str = "recipe", folder: Path | None = None) -> Recipe:
+    """A recipe from plain data. Raises RecipeError."""
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected keys such as method, anchor, experts; found {type(data).__name__}")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first(error)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    base = folder or Path()
+    experts = {
+        name: e.model_copy(update={"model": base / e.model, "text": [base / t for t in e.text]})
+        for name, e in recipe.experts.items()
+    }
+    return recipe.model_copy(update={"experts": experts})
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of pydantic as one line in the recipe's own words."""
+    problem = error.errors()[0]
+    where = [str(p) for p in problem["loc"] if not str(p).startswith(("function-", "literal[")) and p != "Size"]
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        near = closest(where[-1], _known(where[:-1]))
+        hint = f"; did you mean {near!r}?" if near else ""
+        return f"{key}: unknown key{hint} known: {', '.join(sorted(_known(where[:-1])))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+    return f"{key}: {message}{found}" if key and not message.startswith(key) else f"{message}{found}"
+
+
+def _known(path: list[str]) -> list[str]:
+    """Keys allowed at a place in the recipe."""
+    if not path:
+        return list(Recipe.model_fields)
+    places: dict[str, type[BaseModel]] = {
+        "experts": Expert, "size": Size, "fold": Fold, "union": Union,
+    }  # fmt: skip
+    return list(places[path[0]].model_fields)
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """YAML where a key written twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

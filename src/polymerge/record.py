@@ -1,0 +1,132 @@
+"""What travels with a merged model: config, tokenizer, generation config, card, recipe and lock; and a fold's record."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from polymerge.calibrate.texts import Skill
+from polymerge.checkpoint.card import Card, SkillRow, model_card
+from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
+from polymerge.checkpoint.writer import CheckpointWriter
+from polymerge.errors import OutputError
+from polymerge.methods._layers import Knobs
+from polymerge.methods.fold import Folded
+from polymerge.model.source import Source
+from polymerge.model.spec import Spec
+from polymerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from polymerge.merge import MergeResult
+
+FOLD = "fold.json"
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, with the names of folders and files only."""
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    for expert in data["experts"].values():
+        expert["model"] = Path(expert["model"]).name
+        expert["text"] = [Path(t).name for t in expert["text"]]
+    return data
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """A recipe that was made in Python, as a file would have it."""
+    return yaml.safe_dump(plain(recipe), sort_keys=False)
+
+
+def digest(recipe: Recipe, sources: Mapping[str, Source], texts: str) -> str:
+    """What a fold depends on, hashed: recipe without healing, sources, calibration rows, versions."""
+    data = {
+        "recipe": {k: v for k, v in plain(recipe).items() if k not in ("heal", "dtype", "union")},
+        "sources": {k: s.checkpoint.digest() for k, s in sources.items()},
+        "texts": texts,
+        "packages": package_versions(),
+    }
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def save_fold(writer: CheckpointWriter, folded: Folded, key: str) -> None:
+    """What a later call must know of a finished fold."""
+    target = {**asdict(folded.target), "features": sorted(folded.target.features)}
+    data = {
+        "key": key, "target": target, "knobs": asdict(folded.knobs), "excess": folded.excess, "trials": folded.trials,
+    }  # fmt: skip
+    writer.text(FOLD, json.dumps(data, indent=1) + "\n")
+
+
+def load_fold(folder: Path, key: str) -> Folded | None:
+    """A finished fold in a work folder, None when there is none. OutputError when it is another merge's."""
+    path = folder / FOLD
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data["key"] != key:
+        raise OutputError(
+            f"{folder.parent}: holds the work of another merge (recipe, sources, texts or versions differ); "
+            "choose another work folder or delete it"
+        )
+    target = data["target"]
+    spec = Spec(**{**target, "features": frozenset(target["features"]), "frequencies": tuple(target["frequencies"])})
+    return Folded(spec, Knobs(**data["knobs"]), data["excess"], data["trials"])
+
+
+def shape(target: Spec) -> dict[str, Any]:
+    """The sizes of a result, as a table shows them."""
+    names = ("family", "layers", "width", "heads", "kv_heads", "head_size", "mlp", "vocab")
+    return {name: getattr(target, name) for name in names}
+
+
+def finish(
+    writer: CheckpointWriter,
+    recipe: Recipe,
+    text: str,
+    sources: Mapping[str, Source],
+    skills: Mapping[str, Skill],
+    calibration: str,
+    result: "MergeResult",
+) -> None:
+    """Everything beside the weights and the config."""
+    anchor = sources[recipe.anchor].checkpoint
+    generation = anchor.generation_config_file()
+    for path in (*anchor.tokenizer_files(), *([generation] if generation else [])):
+        writer.copy(path)
+    writer.text("polymerge-recipe.yaml", text)
+    writer.text(LOCK, lock_text(
+        recipe=plain(recipe),
+        sources={k: s.checkpoint.file_digests() for k, s in sources.items()},
+        texts={k: s.split_record() for k, s in skills.items()},
+        calibration=calibration,
+        seed=recipe.seed,
+        extra={"knobs": result.knobs, "shape": result.shape},
+    ))  # fmt: skip
+    writer.text("README.md", model_card(Card(
+        title=f"Merge of {', '.join(recipe.experts)}",
+        base_models=[s.path.name for s in sources.values()],
+        method=recipe.method,
+        recipe=text,
+        description=_describe(recipe, result),
+        parameters=result.parameters,
+        skills=[SkillRow(k, r["owner"], r["union"], r["fold"], r["healed"]) for k, r in result.skills.items()],
+        licenses=[s.checkpoint.config.get("license") for s in sources.values()],
+        facts={name: str(value) for name, value in result.shape.items()},
+    )))  # fmt: skip
+
+
+def _describe(recipe: Recipe, result: "MergeResult") -> str:
+    experts = len(recipe.experts)
+    if recipe.method == "union":
+        return (
+            f"All {experts} experts whole, mixed per token by a Bayesian gate. Load with `trust_remote_code=True`; the code "
+            "is in this folder."
+        )
+    healed = f", then distilled on {recipe.heal.tokens:,} tokens" if recipe.heal else ", without any end-to-end training"
+    return (
+        f"{experts} language models of different architecture folded into one {result.shape['family']} decoder in closed "
+        f"form, layer by layer{healed}. A stock transformers checkpoint: no remote code."
+    )

@@ -1,0 +1,245 @@
+"""The page of a finished merge: one HTML file that needs nothing else, readable in light and dark.
+
+Made from `MergeResult.summary()` (see the package's docstring); what a summary does not hold is left out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from polymerge import report
+from polymerge.errors import OutputError
+from polymerge.report.terminal import bits, duration, size
+
+_STYLE = Path(__file__).with_name("page.css")
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """A saved summary. Raises OutputError when the file is not one."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: not a summary of a merge ({error}); expected its JSON") from error
+    if not isinstance(data, dict) or not data.get("skills"):
+        raise OutputError(f"{path}: not a summary of a merge: no `skills` in it; was it a dry run?")
+    return data
+
+
+def write(path: Path | str, summary: Mapping[str, Any]) -> None:
+    """Write the page. Raises OutputError when the place cannot be written."""
+    text = page(summary)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """The page as text."""
+    headline, lead = _headline(summary)
+    sections = [
+        ("Skills", _skills(summary)),
+        ("Where each skill stands", _per_skill(summary)),
+        ("Size", _size(summary)),
+        ("Healing", _healing(summary)),
+        ("Time and memory", _cost(summary)),
+        ("Knobs of the fold", _knobs(summary)),
+        ("What was found before the merge", _findings(summary)),
+        ("Samples", _samples(summary)),
+        ("Recipe", _pre(summary.get("recipe"))),
+    ]
+    body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections if text)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(headline)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n"
+        f'<body><main>\n<h1>{escape(headline)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+        f"{_facts(summary)}\n{body}\n"
+        f"<footer>Made by polymerge {escape(str(summary.get('version', '')))}. Bits per byte are measured on "
+        "test text that no stage of the merge read; lower is better.</footer>\n</main></body></html>\n"
+    )
+
+
+def _headline(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The result in a sentence about the worst skill, and what was merged into what."""
+    skills = summary["skills"]
+    name = report.worst(skills)
+    experts, shape = list(summary.get("expert_parameters") or {}), summary.get("shape") or {}
+    what = f"{' + '.join(experts)} in one {shape.get('family', 'model')}" if experts else "one model"
+    lost = None if name is None else report.excess(skills[name])
+    if name is None or lost is None:
+        return f"{what}: no skill was measured", ""
+    distance = (
+        f"{lost:.3f} bits per byte from its own expert"
+        if lost >= 0
+        else f"{-lost:.3f} bits per byte better than its own expert"
+    )
+    lead = ""
+    if shape:
+        lead = (
+            f"{shape['layers']} layers, width {shape['width']}, {shape['heads']} heads of size "
+            f"{shape['head_size']} ({shape['kv_heads']} KV), MLP {shape['mlp']}. "
+            f"Method: {summary.get('method')}."
+        )
+    return f"{what}: the worst skill, {name}, is {distance}", lead
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    """The four figures one looks for first."""
+    experts = summary.get("expert_parameters") or {}
+    cells = [(f"{summary['parameters'] / 1e6:,.2f} M", "parameters")]
+    if experts:
+        cells.append((f"{summary['parameters'] / max(experts.values()):.2f}x", "the largest expert"))
+    if summary.get("seconds"):
+        cells.append((duration(summary["seconds"]), f"in all, on {summary.get('device', 'cpu')}"))
+    if summary.get("peak_bytes"):
+        cells.append((size(summary["peak_bytes"]), "peak memory"))
+    return (
+        '<div class="facts">'
+        + "".join(f"<div><b>{a}</b><span>{escape(b)}</span></div>" for a, b in cells)
+        + "</div>"
+    )
+
+
+def _skills(summary: Mapping[str, Any]) -> str:
+    skills = summary["skills"]
+    stages = [s for s in report.STAGES if any(row.get(s) is not None for row in skills.values())]
+    experts = list(next(iter(skills.values())).get("experts") or {})
+    header = ["skill", *(f"{e} alone" for e in experts), *stages, "over owner"]
+    loser, rows = report.worst(skills), []
+    for name, row in skills.items():
+        alone = [bits((row.get("experts") or {}).get(e)) for e in experts]
+        rows.append([name, *alone, *(bits(row.get(s)) for s in stages), bits(report.excess(row), "+.3f")])
+    marked = [name == loser for name in skills]
+    return _table(header, rows, marked) + (
+        '<p class="note">Bits per byte. The worst skill is bold: it is what a merge is judged by. '
+        "The owner is the expert that a skill came from.</p>"
+    )
+
+
+def _per_skill(summary: Mapping[str, Any]) -> str:
+    from polymerge.report import figures
+
+    drawn = figures.svg(figures.per_skill(summary["skills"]), "bits per byte of each skill by model")
+    return f"<figure>{drawn}</figure>"
+
+
+def _healing(summary: Mapping[str, Any]) -> str:
+    from polymerge.report import figures
+
+    curve = summary.get("heal_curve") or []
+    if len(curve) < 2:  # noqa: PLR2004  one point is no curve
+        return ""
+    drawn = figures.svg(
+        figures.healing(curve, summary.get("heal_reference")), "bits per byte of each skill while healing"
+    )
+    note = "Measured on validation text, which also chose the state that is kept."
+    return f'<figure>{drawn}</figure><p class="note">{note}</p>'
+
+
+def _size(summary: Mapping[str, Any]) -> str:
+    experts = summary.get("expert_parameters") or {}
+    if not experts:
+        return ""
+    total = max(sum(experts.values()), summary["parameters"])
+    rows = [(name, [(count, False)], f"{count:,}") for name, count in experts.items()]
+    if len(experts) > 1:
+        rows.append(
+            ("together", [(count, False) for count in experts.values()], f"{sum(experts.values()):,}")
+        )
+    rows.append(("result", [(summary["parameters"], True)], f"{summary['parameters']:,}"))
+    return _bars(rows, total) + '<p class="note">Parameters.</p>'
+
+
+def _cost(summary: Mapping[str, Any]) -> str:
+    stages, cpu = summary.get("stage_seconds") or {}, summary.get("stage_cpu_seconds") or {}
+    stages = {name: value for name, value in stages.items() if name != "total"}
+    if not stages:
+        return ""
+    rows = [
+        (name, [(value, True)], duration(value) + (f" ({duration(cpu[name])} CPU)" if name in cpu else ""))
+        for name, value in stages.items()
+    ]
+    peak = summary.get("peak_bytes")
+    memory = f" Peak memory {size(peak)}, models and Python included." if peak else ""
+    return _bars(rows, max(stages.values())) + f'<p class="note">Wall time by stage.{memory}</p>'
+
+
+def _knobs(summary: Mapping[str, Any]) -> str:
+    trials, chosen = summary.get("knob_trials") or [], summary.get("knobs") or {}
+    if not trials:
+        return ""
+    header = list(dict.fromkeys(key for trial in trials for key in trial))
+    rows = [[_cell(trial.get(key)) for key in header] for trial in trials]
+    marked = [
+        bool(chosen) and all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials
+    ]
+    table = _table(header, rows, marked)
+    return table + '<p class="note">Tried on held-out calibration text; what was chosen is bold.</p>'
+
+
+def _findings(summary: Mapping[str, Any]) -> str:
+    findings: Sequence[Any] = summary.get("findings") or []
+    items = []
+    for finding in findings:
+        kind, text = (
+            (finding["kind"], finding["text"]) if isinstance(finding, Mapping) else ("", str(finding))
+        )
+        items.append(f'<li class="{escape(kind)}"><b>{escape(kind)}</b> {escape(text)}</li>')
+    return f'<ul class="findings">{"".join(items)}</ul>' if items else ""
+
+
+def _samples(summary: Mapping[str, Any]) -> str:
+    samples = summary.get("samples") or {}
+    return "".join(
+        f'<p class="note">{escape(name)}</p><pre><b>{escape(s["prompt"])}</b>{escape(s["text"])}</pre>'
+        for name, s in samples.items()
+    )
+
+
+def _pre(text: str | None) -> str:
+    return f"<pre>{escape(text.rstrip())}</pre>" if text else ""
+
+
+def _bars(rows: Sequence[tuple[str, list[tuple[float, bool]], str]], full: float) -> str:
+    """Horizontal bars; a bar is of parts, each (length, whether it is ours)."""
+    cells = []
+    for name, parts, value in rows:
+        track = "".join(
+            f'<i{" class=ours" if ours else ""} style="width:{100 * length / full:.2f}%"></i>'
+            for length, ours in parts
+        )
+        cells.append(
+            f'<span>{escape(name)}</span><span class="track">{track}</span>'
+            f'<span class="value">{escape(value)}</span>'
+        )
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool]) -> str:
+    """A table; columns of numbers are right-aligned, marked rows are bold."""
+    number = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    kind = [' class="n"' if n else "" for n in number]
+    head = "".join(f"<th{k}>{escape(h)}</th>" for h, k in zip(header, kind, strict=True))
+    lines = [
+        f"<tr{' class=worst' if bold else ''}>"
+        + "".join(f"<td{k}>{escape(cell)}</td>" for cell, k in zip(row, kind, strict=True))
+        + "</tr>"
+        for row, bold in zip(rows, marked, strict=True)
+    ]
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "–" or cell.lstrip("+-").replace(",", "").replace(".", "", 1).replace("e-", "").isdigit()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

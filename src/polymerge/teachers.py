@@ -1,0 +1,170 @@
+"""What healing learns from: who teaches each skill, which rows a step reads, and the loss.
+
+    loss = mean over scored positions of KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v)
+
+in float32 from the logits, in nats per token (Hinton et al. 2015, at temperature 1). The teacher of a skill's
+rows is their owner, or the union of all experts.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from polymerge.calibrate.texts import Rows
+from polymerge.errors import RecipeError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def resolve(
+    teachers: Any, kind: Literal["owner", "union"], skills: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model that teaches, model that the result is compared with) of each skill.
+
+    teachers: name -> expert, or a `UnionForCausalLM`, which then is its own reference. For "union" a mapping
+    is mixed here, in its order and without a copy. Raises ValueError for skills without a teacher, and where
+    a union is given for "owner".
+    """
+    from polymerge.methods.union import UnionForCausalLM
+
+    if isinstance(teachers, UnionForCausalLM):
+        if kind == "owner":
+            raise ValueError("heal.teacher is 'owner', but the teacher is a union; expected experts by name")
+        return dict.fromkeys(skills, teachers), dict.fromkeys(skills, teachers)
+    missing = [name for name in skills if name not in teachers]
+    if missing:
+        raise ValueError(f"no teacher for skill {missing[0]!r}; teachers: {', '.join(teachers)}")
+    owners = {name: teachers[name] for name in skills}
+    if kind == "owner":
+        return owners, owners
+    return dict.fromkeys(skills, UnionForCausalLM.from_experts(list(teachers.values()))), owners
+
+
+class _Kl(torch.autograd.Function):
+    """Σ KL with its gradient, softmax(student) − teacher, made in the same pass, row by row.
+
+    Autograd would keep four float32 tensors of the logits' size: a large vocabulary fills the memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        vocab = min(student.shape[-1], teacher.shape[-1])  # beyond it: rows that only pad a vocabulary
+        total = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student)
+        for out, mine, theirs in zip(gradient, student, teacher, strict=True):
+            log_q = mine.float().log_softmax(-1)
+            log_p = theirs[..., :vocab].float().log_softmax(-1)
+            p = log_p.exp()
+            total += F.kl_div(log_q[..., :vocab], log_p, reduction="sum", log_target=True)
+            log_q.exp_()[..., :vocab] -= p
+            out.copy_(log_q)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient), None
+
+
+def kl(
+    student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row time other"]
+) -> Float[Tensor, ""]:
+    """KL(teacher ‖ student) from logits, in nats summed over all positions; differentiable in the student."""
+    loss: Tensor = _Kl.apply(student, teacher)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class Batches:
+    """Rows of each step: equal shares of the skills, each in shuffled passes over its rows.
+
+    A remainder of `rows` over the skills goes to them in turn. `state()` is what `load` needs to go on.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], rows: int, generator: torch.Generator) -> None:
+        self.sizes, self.rows, self.generator = dict(sizes), rows, generator
+        self.left = {name: torch.empty(0, dtype=torch.int64) for name in sizes}
+        self.turn = 0
+
+    def draw(self) -> dict[str, Int64[Tensor, " row"]]:
+        """Indices of the next batch's rows by skill; skills with none are left out."""
+        names = list(self.sizes)
+        share, extra = divmod(self.rows, len(names))
+        more = {names[(self.turn + i) % len(names)] for i in range(extra)}
+        self.turn = (self.turn + extra) % len(names)
+        counts = {name: share + (name in more) for name in names}
+        return {name: self._take(name, n) for name, n in counts.items() if n}
+
+    def _take(self, name: str, count: int) -> Tensor:
+        while len(self.left[name]) < count:
+            again = torch.randperm(self.sizes[name], generator=self.generator)
+            self.left[name] = torch.cat([self.left[name], again])
+        taken, self.left[name] = self.left[name][:count], self.left[name][count:].clone()
+        return taken
+
+    def state(self) -> dict[str, Any]:
+        """Where the passes stand."""
+        return {"generator": self.generator.get_state(), "left": dict(self.left), "turn": self.turn}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`."""
+        self.generator.set_state(state["generator"])
+        self.left, self.turn = dict(state["left"]), state["turn"]
+
+
+def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
+    """Whether forward passes run under bfloat16 autocast; "auto": where the hardware multiplies it faster."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(has.get("amx_bf16"))
+
+
+def digest_rows(*rows: Rows) -> str:
+    """Hash of token rows."""
+    total = hashlib.sha256()
+    for r in rows:
+        total.update(f"{tuple(r.tokens.shape)} {r.bytes}".encode())
+        total.update(r.tokens.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def digest_model(model: Any, sample: int = 4096) -> str:
+    """Hash of a model's parameters by name and shape, and of up to `sample` entries of each.
+
+    A sample tells two models apart and does not take the minutes that reading billions of weights would.
+    """
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // sample)].contiguous().cpu()
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(some.view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def check_rows(rows: Mapping[str, Rows], validation: Mapping[str, Rows], length: int) -> tuple[str, ...]:
+    """The skills, after checking that both texts have the same ones, with rows of `length` tokens.
+
+    Raises ValueError for a skill on one side only, RecipeError for rows of another length.
+    """
+    skills = tuple(rows)
+    if not skills or sorted(skills) != sorted(validation):
+        raise ValueError(
+            f"calibration rows are of {sorted(skills)}, validation rows of {sorted(validation)}; expected the"
+            " same skills, one or more"
+        )
+    for name in skills:
+        found = rows[name].tokens.shape
+        if found[1] != length or not found[0]:
+            raise RecipeError(
+                f"skill {name!r}: rows are {tuple(found)}, heal.length is {length}; pack the text to it"
+            )
+    return skills

@@ -1,0 +1,91 @@
+"""Shared fixtures. Under pytest beartype checks the types and tensor shapes of every polymerge function."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook("polymerge", "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # for tiny models more threads only cost
+
+BYTES = 257  # tokens of the byte tokenizer: every byte, and the end of text
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None},
+    "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 64},
+}
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level BPE without merges, one token a byte: built in code, exact for any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def save_tiny_model(
+    folder: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """Save a tiny random model of a family with the byte tokenizer; `changes` are config keys."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        "vocab_size": BYTES,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": BYTES - 1,
+        **TINY[family],
+        **changes,
+    }
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).to(dtype)
+    torch.set_rng_state(state)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The byte tokenizer."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[..., Path]:
+    """`save_model(folder, family, seed=…, dtype=…, max_shard_size=…, **config)`."""
+    return save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The shared test material; skips where it is not on this machine."""
+    folder = os.environ.get("POLYMERGE_ASSETS")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("POLYMERGE_ASSETS names no folder with the shared texts and models")
+    return Path(folder)

@@ -1,0 +1,141 @@
+"""Every family: the table claims all that is stored, and the engine computes what transformers computes."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from polymerge import families
+from polymerge.errors import FamilyError
+from polymerge.model.source import Source, pack, unpack
+
+
+def save_tiny(name, folder, **changes):
+    """A random model of the family's tiny config with no weight at a special value (norms, biases)."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **{**families.get(name).tiny, **changes}), attn_implementation="sdpa"
+    )
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+VARIANTS = [(name, {}) for name in families.names()] + [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen3", {"attention_bias": True}),
+    ("gpt2", {"n_inner": 40, "tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_logits_are_those_of_transformers(name, changes, tmp_path, monkeypatch):
+    model = save_tiny(name, tmp_path, **changes)
+    source = Source(tmp_path, dtype=torch.float64)
+    tokens = torch.randint(0, 48, (3, 17))
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)  # transformers' norms go through float32, even in float64
+        expected = model(tokens).logits
+    torch.testing.assert_close(source.logits(tokens), expected, atol=1e-9, rtol=0)
+    assert source.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_pack_undoes_unpack(name, tmp_path):
+    save_tiny(name, tmp_path)
+    source = Source(tmp_path, dtype=torch.float64)
+    for row in source._rows():
+        tensor = source.checkpoint.tensor(source._name(row, 0))
+        torch.testing.assert_close(pack(row, unpack(row, tensor, source.spec), source.spec), tensor, atol=0, rtol=0)
+
+
+def permute_neurons(weights):
+    order = torch.randperm(len(weights["up.weight"]))
+    for role in ("up.weight", "up.bias", "gate.weight", "gate.bias"):
+        if role in weights:
+            weights[role] = weights[role][order]
+    weights["down.weight"] = weights["down.weight"][:, order]
+
+
+def permute_heads(weights, spec):
+    order = torch.randperm(spec.kv_heads)
+    group = spec.heads // spec.kv_heads
+
+    def move(x, per):
+        return x.unflatten(0, (spec.kv_heads, per))[order].flatten(0, 1)
+
+    for kind in ("weight", "bias"):
+        for role, per in (("q", group * spec.head_size), ("k", spec.head_size), ("v", spec.head_size)):
+            if f"{role}.{kind}" in weights:
+                weights[f"{role}.{kind}"] = move(weights[f"{role}.{kind}"], per)
+    weights["o.weight"] = move(weights["o.weight"].T, group * spec.head_size).T
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_permuting_a_free_axis_changes_nothing(name, tmp_path, monkeypatch):
+    save_tiny(name, tmp_path)
+    source = Source(tmp_path, dtype=torch.float64)
+    tokens = torch.randint(0, 48, (2, 11))
+    before = source.logits(tokens)
+    plain = Source.layer
+
+    def permuted(self, index):
+        weights = plain(self, index)
+        permute_neurons(weights)
+        permute_heads(weights, self.spec)
+        return weights
+
+    monkeypatch.setattr(Source, "layer", permuted)
+    torch.testing.assert_close(source.logits(tokens), before, atol=1e-11, rtol=0)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_unknown_config_key_is_refused_by_name(tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, clip_qkv=8.0)
+    with pytest.raises(FamilyError, match=r"'clip_qkv' is 8\.0"):
+        Source(tmp_path)
+
+
+def test_unknown_family_suggests_the_nearest(tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, model_type="lama")
+    with pytest.raises(FamilyError, match="did you mean 'llama'"):
+        Source(tmp_path)
+
+
+def test_unclaimed_tensor_is_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "model.layers.0.mlp.extra.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(FamilyError, match="mlp.extra.weight"):
+        Source(tmp_path)
+
+
+def test_shape_that_contradicts_the_config_is_refused(tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, intermediate_size=44)
+    with pytest.raises(FamilyError, match=r"gate_proj.*shape \(40, 32\).*\(44, 32\)"):
+        Source(tmp_path)
+
+
+def test_window_per_layer_is_refused(tmp_path):
+    save_tiny("qwen2", tmp_path)
+    edit_config(tmp_path, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(FamilyError, match="use_sliding_window"):
+        Source(tmp_path)
