@@ -279,7 +279,7 @@ def report(folders: list[Path]) -> None:
     """Print each expert's bits per byte on each domain's held-out text and draw the training curves."""
     import matplotlib as mpl
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from polymerge.demo.corpus import corpus
 
@@ -291,7 +291,8 @@ def report(folders: list[Path]) -> None:
     cells = []
     for folder in folders:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # For a Qwen2 model AutoTokenizer cuts words by Qwen2's own rule, whatever tokenizer.json says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         values = [bits_per_byte(model, tokenizer, corpus(domain, "heldout")) for domain in ("prose", "code")]
         rows = [json.loads(line) for line in (LOGS / f"{folder.name}.jsonl").read_text("utf-8").splitlines()]
         minutes = [row["cpu_seconds"] / 60 for row in rows]

@@ -3,13 +3,13 @@
 import json
 import math
 import shutil
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from polymerge import evaluate as module
 from polymerge.calibrate.texts import Rows, pack
 from polymerge.checkpoint import Checkpoint, CheckpointWriter
 from polymerge.errors import CheckpointError, TextError
@@ -188,7 +188,7 @@ def union_folder(tmp_path, save_model, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "union.UnionForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(module, "_METHODS", shipped)
+    monkeypatch.setattr(sys.modules["polymerge.evaluate"], "_METHODS", shipped)
     return folder
 
 

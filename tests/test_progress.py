@@ -33,15 +33,26 @@ def test_bars_show_every_stage():
     assert text.count("✓") >= 2
 
 
-def test_a_failed_stage_is_not_shown_as_done():
+def test_more_steps_than_announced():
     out = io.StringIO()
-    with (
-        pytest.raises(ValueError, match="broken"),
-        Bars(Console(file=out, force_terminal=True, width=120)) as bars,
-    ):
+    with Bars(Console(file=out, force_terminal=True, width=120)) as bars:
+        bars.stage("heal", 2)
+        bars.advance(n=3)
+    assert "3/2" not in out.getvalue()
+    assert "3/3" in out.getvalue()
+
+
+def break_down(bars):
+    with bars:
         bars.stage("fold", 5)
         bars.advance()
         raise ValueError("broken")
+
+
+def test_a_failed_stage_is_not_shown_as_done():
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="broken"):
+        break_down(Bars(Console(file=out, force_terminal=True, width=120)))
     assert "1/5" in out.getvalue()
 
 

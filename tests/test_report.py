@@ -13,15 +13,20 @@ from polymerge.report import figures, html, terminal
 FULL: dict[str, Any] = {
     "method": "fold",
     "skills": {
-        "prose": {"owner": 1.75, "union": 1.76, "fold": 2.0, "healed": 1.8, "experts": {"prose": 1.75, "code": 2.1}},
-        "code": {"owner": 1.25, "union": 1.26, "fold": 1.7, "healed": 1.5, "experts": {"prose": 2.3, "code": 1.25}},
+        "prose": {
+            "owner": 1.75, "union": 1.76, "fold": 2.0, "healed": 1.8, "experts": {"prose": 1.75, "code": 2.1},
+        },
+        "code": {
+            "owner": 1.25, "union": 1.26, "fold": 1.7, "healed": 1.5, "experts": {"prose": 2.3, "code": 1.25},
+        },
     },
     "parameters": 1_500_000,
     "expert_parameters": {"prose": 1_000_000, "code": 800_000},
-    "shape": {"family": "llama", "layers": 6, "width": 128, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 300},
-    "seconds": 61.0,
-    "stage_seconds": {"basis": 1.0, "heal": 60.0, "total": 61.0},
-    "stage_cpu_seconds": {"basis": 1.0, "heal": 110.0},
+    "shape": {
+        "family": "llama", "layers": 6, "width": 128, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 300,
+    },
+    "seconds": {"basis": 1.0, "heal": 60.0, "total": 61.0},
+    "cpu_seconds": {"basis": 1.0, "heal": 110.0},
     "peak_bytes": 900_000_000,
     "heal_reference": {"prose": 1.7, "code": 1.2},
     "heal_curve": [
@@ -29,8 +34,13 @@ FULL: dict[str, Any] = {
         {"step": 10, "tokens": 20480, "validation": {"prose": 1.8, "code": 1.5}, "best": True},
     ],
     "knobs": {"mute": 2.0},
-    "knob_trials": [{"mute": 0.0, "worst": 0.5}, {"mute": 2.0, "worst": 0.4}],
-    "findings": [{"kind": "approximated", "text": "code: GELU & gated MLP"}],
+    "knob_trials": [
+        {"mute": 0.0, "excess": [0.3, 0.5], "worst": 0.5},
+        {"mute": 2.0, "excess": [0.3, 0.4], "worst": 0.4},
+    ],
+    "preflight": {
+        "findings": [{"level": "approximate", "subject": "code: activation", "text": "GELU & gated MLP"}],
+    },
     "recipe": "method: fold\nanchor: prose  # <the prose>\n",
 }  # fmt: skip
 
@@ -44,7 +54,7 @@ class Balanced(HTMLParser):
         super().__init__()
         self.open: list[str] = []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, attrs):  # noqa: ARG002
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -119,7 +129,9 @@ def test_what_was_not_measured_is_left_out():
 
 def test_a_skill_may_end_better_than_its_expert():
     skills = {"a": {"owner": 1.0, "fold": 0.9, "experts": {"a": 1.0}}}
-    assert "0.100 bits per byte better than its own expert" in html.page({**FULL, "skills": skills})
+    assert "0.100 bits per byte better than its own expert" in html.page(
+        {**FULL, "skills": skills, "knob_trials": []}
+    )
 
 
 def test_worst_is_by_distance_not_by_value():
@@ -142,7 +154,7 @@ def test_many_experts():
     skills = {
         n: {"owner": 1.0, "fold": 1.1, "experts": dict.fromkeys("abcdefgh", 2.0) | {n: 1.0}} for n in experts
     }
-    assert "</html>" in html.page({**FULL, "skills": skills, "expert_parameters": experts})
+    assert "</html>" in html.page({**FULL, "skills": skills, "expert_parameters": experts, "knob_trials": []})
 
 
 def test_unwritable_place(tmp_path):
@@ -151,7 +163,7 @@ def test_unwritable_place(tmp_path):
 
 
 def test_words():
-    assert [terminal.duration(s) for s in (0.42, 9.96, 41, 125, 11_400)] == [
+    assert [terminal.duration(s) for s in (0.42, 9.96, 41.0, 125.0, 11_400.0)] == [
         "0.4 s", "10.0 s", "41 s", "2 min 5 s", "3 h 10 min",
     ]  # fmt: skip
     assert [terminal.size(b) for b in (12, 2_130_000, 15_000_000_000)] == ["12 bytes", "2.13 MB", "15 GB"]

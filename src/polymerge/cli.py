@@ -6,17 +6,16 @@ be instant.
 """
 
 import ast
-import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from polymerge import progress as bars
+from polymerge._shell import NOTHING, Commands, interruptible, no_loading_bars, print_json
 from polymerge.errors import PolymergeError
 
 
@@ -35,25 +34,8 @@ class Split(StrEnum):
     all = "all"
 
 
-class _Commands(TyperGroup):
-    """Commands in the order of this file; errors that are ours end in one line, all others in a traceback."""
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        return list(self.commands)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except PolymergeError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted; nothing was written", err=True)
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -67,12 +49,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 OnDevice = Annotated[Device, typer.Option(help="auto takes a CUDA GPU where there is one.")]
 
 
-def _version(show: bool) -> None:
+def _version(show: bool) -> bool:
     if show:
         import polymerge
 
         typer.echo(f"polymerge {polymerge.__version__}")
         raise typer.Exit
+    return show
 
 
 @app.callback()
@@ -116,18 +99,19 @@ def merge(
     """Merge the models of a recipe."""
     import polymerge
 
-    _no_loading_bars()
-    with bars.choose(quiet=quiet or as_json) as listener:
+    no_loading_bars()
+    kept = f"nothing was written to {out}; the same command goes on from {work}" if work else NOTHING
+    with interruptible(kept), bars.choose(quiet=quiet or as_json) as listener:
         result = polymerge.merge(
             recipe, out, device=device.value, dry_run=dry_run, work=work, progress=listener
         )
     if as_json:
-        _print_json(result.summary())
+        print_json(result.summary())
         return
     from polymerge.report import terminal
 
     if result.out is None:
-        typer.echo(str(result.report))
+        terminal.show(terminal.preflight(result.report.summary()))
         typer.echo("dry run: nothing was written")
     else:
         terminal.show(terminal.merged(result.summary(), str(result.out)))
@@ -146,7 +130,7 @@ def inspect(
 
     facts = [asdict(polymerge.inspect(path)) for path in models]
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     from polymerge.report import terminal
 
@@ -189,12 +173,12 @@ def evaluate(
         texts.setdefault(name, []).append(Path(file))
     import polymerge
 
-    _no_loading_bars()
+    no_loading_bars()
     found = polymerge.evaluate(
         model, texts, split=split.value, length=length, field=field, seed=seed, device=_device(device)
     )
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     from polymerge.report import terminal
 
@@ -235,11 +219,11 @@ def demo(
     """Merge two small models that come with polymerge: English prose (Llama) and Python code (GPT-NeoX)."""
     from polymerge.demo.run import run
 
-    _no_loading_bars()
-    with bars.choose(quiet=quiet or as_json) as listener:
+    no_loading_bars()
+    with interruptible("no model was written"), bars.choose(quiet=quiet or as_json) as listener:
         done = run(out, device=device.value, progress=listener)
     if as_json:
-        _print_json(done.summary)
+        print_json(done.summary)
         return
     from polymerge.report import terminal
 
@@ -273,15 +257,11 @@ def _about(package: ModuleType, name: str) -> str:
 
 def _list(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     from polymerge.report import terminal
 
     terminal.show(terminal.listing(rows))
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def _device(device: Device) -> str:
@@ -293,14 +273,6 @@ def _device(device: Device) -> str:
     if device is Device.cuda and not torch.cuda.is_available():
         raise PolymergeError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
     return device.value
-
-
-def _no_loading_bars() -> None:
-    """Keep the loading bars and hints of transformers out of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def main() -> None:

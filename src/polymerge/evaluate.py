@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from polymerge.calibrate.texts import Rows, adds_bos, pack, pairs, read_skill
+from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import CheckpointError
 
@@ -94,7 +95,7 @@ def load_for_evaluation(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder. Code in the folder runs only if it is polymerge's own union."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(path)
     own = is_own_union(checkpoint)
@@ -102,12 +103,11 @@ def load_for_evaluation(
         checkpoint.check()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=own)
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it ({str(error).splitlines()[0]})"
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(Path(path))
 
 
 def is_own_union(checkpoint: Checkpoint) -> bool:

@@ -20,6 +20,7 @@ from polymerge import heal as healing
 from polymerge import plan as planning
 from polymerge import preflight, record
 from polymerge.calibrate.calibration import Calibration, gather
+from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -261,18 +262,6 @@ def load_expert(source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).to(source.device).eval()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder; never runs code from it."""
-    from transformers import AutoTokenizer
-
-    from polymerge.errors import CheckpointError
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise CheckpointError(f"{path}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
 
 
 def pick_device(name: str) -> str:

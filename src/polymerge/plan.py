@@ -107,10 +107,11 @@ def ratio(experts: Sequence[Spec]) -> int:
 
 
 def _whole(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
-    """Everything of every expert side by side, and the constant dimension."""
+    """Everything of every expert side by side, and a constant dimension where biases need one."""
     heads = sum(s.heads for s in experts)
     spec = replace(base, heads=heads, kv_heads=heads // ratio(experts), mlp=sum(s.mlp for s in experts))
-    return replace(spec, width=_allowed(family, sum(s.width for s in experts) + 1, heads))
+    width = sum(s.width for s in experts) + any(s.has_constants for s in experts)
+    return replace(spec, width=_allowed(family, width, heads))
 
 
 def _allowed(family: Family, width: int, heads: int) -> int:

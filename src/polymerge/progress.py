@@ -42,7 +42,6 @@ class Bars:
             Progress,
             SpinnerColumn,
             TextColumn,
-            TimeElapsedColumn,
             TimeRemainingColumn,
         )
 
@@ -51,9 +50,8 @@ class Bars:
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]{task.fields[clock]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[note]}"),
             console=console or Console(stderr=True),
         )
@@ -73,21 +71,23 @@ class Bars:
     def stage(self, name: str, total: int | None = None) -> None:
         """Begin a stage of `total` steps; its line stays when it is done."""
         self._end()
-        self._task = self._bars.add_task(name, total=total, note="")
+        self._task = self._bars.add_task(name, total=total, note="", clock="left")
 
     def advance(self, note: str = "", n: int = 1) -> None:
         """`n` more steps; an empty note leaves the last one."""
         if self._task is None:
             return
-        change = {"note": note} if note else {}
-        self._bars.update(self._task, advance=n, **change)  # type: ignore[arg-type]
+        task = self._bars.tasks[self._bars.task_ids.index(self._task)]
+        done = task.completed + n
+        total = task.total if task.total is None else max(task.total, done)  # a guess may be too small
+        self._bars.update(self._task, completed=done, total=total, note=note or task.fields["note"])
 
     def _end(self) -> None:
         """The stage's line as finished, however many of its steps were needed."""
         if self._task is None:
             return
         done = max(1, int(self._bars.tasks[self._bars.task_ids.index(self._task)].completed))
-        self._bars.update(self._task, total=done, completed=done, note="")
+        self._bars.update(self._task, total=done, completed=done, note="", clock="took")
         self._task = None
 
 

@@ -120,7 +120,7 @@ class Fold(_Strict):
     length: int = Field(128, ge=8)
     ownership: Literal["label", "gate"] = "label"
     refine: int = Field(60, ge=0)
-    refine_lr: float = Field(1e-3, gt=0)
+    refine_lr: float = Field(2e-3, gt=0)
     ridge: float | None = Field(None, gt=0)
     mute: float | None = Field(None, ge=0)
     off_gate: float | None = Field(None, ge=0)
@@ -135,7 +135,13 @@ def healing(value: object) -> object:
     for key in value:
         if key not in known:
             raise ValueError(f"heal.{unknown('key', str(key), known)}")
-    return Heal(**{k: count(v) if k == "tokens" else float(v) if k in ("lr", "warmup") else v for k, v in value.items()})
+    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float}
+    settings: dict[str, Any] = {key: number.get(key, _same)(v) for key, v in value.items()}
+    return Heal(**settings)
+
+
+def _same(value: object) -> object:
+    return value
 
 
 class Recipe(_Strict):

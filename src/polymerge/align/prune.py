@@ -20,7 +20,7 @@ class Writer:
     solution: Tensor
 
 
-def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 0.02) -> Tensor:
+def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 0.05) -> Tensor:
     """Indices (ascending) of the `keep` input groups of `group` consecutive inputs that are worth most.
 
     Groups go one by one while few are left to remove, else in lots of `step` of those that remain.
@@ -30,7 +30,7 @@ def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 
     inverses = [torch.linalg.inv(w.gram) for w in writers]
     solutions = [w.solution.clone() for w in writers]
     while len(alive) > keep:
-        costs = sum(_costs(i, s, group) for i, s in zip(inverses, solutions, strict=True))
+        costs = torch.stack([_costs(i, s, group) for i, s in zip(inverses, solutions, strict=True)]).sum(0)
         lot = min(len(alive) - keep, max(1, int(step * len(alive))))
         order = torch.argsort(costs, stable=True)
         drop = _members(order[:lot], group)
@@ -54,4 +54,5 @@ def _costs(inverse: Tensor, solution: Tensor, group: int) -> Tensor:
     index = torch.arange(count)
     blocks = inverse.view(count, group, count, group)[index, :, index, :]
     rows = solution.view(count, group, -1)
-    return (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+    costs: Tensor = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+    return costs

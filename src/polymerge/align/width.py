@@ -62,7 +62,7 @@ def residual_basis(
         weights = source.layer(index)
         downstream = []
         for x, g in zip(inputs[index], upstream, strict=True):
-            leaf = x.detach().requires_grad_(requires_grad=True)
+            leaf = x.detach().requires_grad_()
             with torch.enable_grad():
                 trace = decoder.layer(spec, weights, leaf)
                 at_input, at_mid = torch.autograd.grad(trace.out, (leaf, trace.mid), g)
@@ -87,7 +87,7 @@ def _sampled_gradient(
     source: Source, outer: dict[str, Tensor], x: Tensor, scored: Tensor, generator: torch.Generator
 ) -> Tensor:
     """d(−log p(y)) / dx with y drawn from p: its second moment is the Fisher information."""
-    leaf = x.detach().requires_grad_(requires_grad=True)
+    leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = decoder.logits(source.spec, outer, leaf)
         log_probs = logits.log_softmax(-1)

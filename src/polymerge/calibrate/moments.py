@@ -14,35 +14,38 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """`gram` = Σ w xxᵀ (in, in), `cross` = Σ w xyᵀ (in, out), `power` = Σ w y² (out,), `weight` = Σ w."""
+    """`gram` = Σ w xxᵀ (in, in), `cross` = Σ w xyᵀ (in, out), `weight` = Σ w of the rows in `cross`."""
 
     gram: Float[Tensor, "n n"]
     cross: Float[Tensor, "n out"]
-    power: Float[Tensor, " out"]
     weight: float = 0.0
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "Moments":
         """Empty moments."""
-        like = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(inputs, inputs, **like), torch.zeros(inputs, outputs, **like), torch.zeros(outputs, **like))
+        gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        return cls(gram, gram.new_zeros(inputs, outputs))
 
     def add(self, x: Float[Tensor, "row n"], y: Float[Tensor, "row out"], weight: Float[Tensor, " row"]) -> None:
-        """Count rows in; rows of weight zero cost nothing."""
-        seen = weight > 0
-        if not bool(seen.all()):
-            x, y, weight = x[seen], y[seen], weight[seen]
-        root = weight.sqrt()[:, None].to(x.dtype)
-        x, y = x * root, y.to(x.dtype) * root
-        self.gram += (x.T @ x).double()
-        self.cross += (x.T @ y).double()
-        self.power += y.double().pow(2).sum(0)
+        """Count rows in."""
+        self.add_gram(x, weight)
+        self.add_cross(x, y, weight)
+
+    def add_gram(self, x: Float[Tensor, "row n"], weight: Float[Tensor, " row"]) -> None:
+        """Count rows into the Gram matrix only; a weight may be negative, to correct what was counted; zero costs nothing."""
+        x, weight = _kept(weight, x, weight)
+        self.gram += ((x * weight[:, None].to(x.dtype)).T @ x).double()
+
+    def add_cross(
+        self, x: Float[Tensor, "row n"], y: Float[Tensor, "row out"], weight: Float[Tensor, " row"]
+    ) -> None:
+        """Count rows into the cross moments only."""
+        x, y, weight = _kept(weight, x, y, weight)
+        self.cross += (x.T @ (y.to(x.dtype) * weight[:, None].to(x.dtype))).double()
         self.weight += float(weight.sum())
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.gram + other.gram, self.cross + other.cross, self.power + other.power, self.weight + other.weight
-        )
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.weight + other.weight)
 
     def damped(self, ridge: float, inputs: Tensor | None = None) -> Float[Tensor, "m m"]:
         """The Gram matrix of the chosen inputs plus λ times its mean diagonal."""
@@ -55,7 +58,8 @@ class Moments:
         cross = self.cross if inputs is None else self.cross[inputs]
         return torch.cholesky_solve(cross, torch.linalg.cholesky(self.damped(ridge, inputs)))
 
-    def error(self, solution: Float[Tensor, "n out"]) -> Float[Tensor, " out"]:
-        """Mean squared residual of each output under a solution, from the moments alone."""
-        left = self.power - 2 * (solution * self.cross).sum(0) + (solution * (self.gram @ solution)).sum(0)
-        return left.clamp_min(0) / max(self.weight, 1e-300)
+
+def _kept(weight: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a weight that is not zero."""
+    seen = weight != 0
+    return tensors if bool(seen.all()) else tuple(t[seen] for t in tensors)

@@ -74,10 +74,19 @@ def run(out: Path | str, *, device: str = "auto", progress: Progress | None = No
     result = polymerge.merge(recipe, folder / "model", device=device, progress=progress)
     progress.stage("samples", len(PROMPTS))
     samples = write_samples(folder / "model", progress)
-    summary = result.summary()
+    summary = {
+        **result.summary(),
+        "seconds": result.seconds["total"],
+        "stage_seconds": result.seconds,
+        "stage_cpu_seconds": result.cpu_seconds,
+        "version": polymerge.__version__,
+        "recipe": recipe.read_text(encoding="utf-8"),
+        "samples": samples,
+    }
+    del summary["cpu_seconds"]
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     page = folder / "report.html"
-    html.write(page, {**summary, "samples": samples})
+    html.write(page, summary)
     return Demo(folder / "model", summary, samples, page)
 
 

@@ -6,6 +6,7 @@ the device; one layer of each model is there at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,9 @@ class Knobs:
     """
 
     ridge: float = 1e-4
-    mute: float = 0.1
+    mute: float = 0.03
     off_gate: float = 0.0
-    off_weight: float = 0.3
+    off_weight: float = 0.1
 
 
 class LayerFold:
@@ -65,8 +66,12 @@ class LayerFold:
         self.hosts = [depth.uniform(e.spec.layers, target.layers) for e in experts]
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
-        self.encoders, self.slices = encoders(bases, target.width, self.dtype)
+        self.constant = any(e.spec.has_constants for e in experts)
+        self.encoders, self.slices = encoders(bases, target.width, self.dtype, first=int(self.constant))
         self.outers = [e.outer() for e in experts]
+        self.state = self.weight = torch.empty(0)
+        self.current: list[Tensor] = []
+        self.before_attention: list[Tensor] = []
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.weight = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None]) * texts.fit[None, :, None]
 
@@ -97,7 +102,7 @@ class LayerFold:
     # ------------------------------------------------------------------------------------------ stages
 
     def embeddings(self) -> Tensor:
-        """E' = constant + Σ_k E_k P_k over the tokens that expert k knows; sets the first states."""
+        """E' = Σ_k E_k P_k, and a constant where one is needed, over the tokens that expert k knows; sets the first states."""
         texts, target = self.texts, self.target
         counts = torch.stack([
             torch.bincount(texts.of(k).flatten(), minlength=target.vocab) for k in range(len(self.experts))
@@ -105,15 +110,15 @@ class LayerFold:
         # An expert is quiet on tokens that it has not seen and others have; on tokens new to all, everyone speaks.
         known = torch.where(counts > 0, 1.0, 1.0 / (1.0 + counts.amax(0))).to(self.dtype)
         table = torch.zeros(target.vocab, target.width, dtype=self.dtype)
-        self.current: list[Tensor] = []
+        self.current = []
         for k, (expert, outer) in enumerate(zip(self.experts, self.outers, strict=True)):
-            self.current.append(self.stream(lambda rows, e=expert, o=outer: width.centred(
-                e, decoder.embed(e.spec, o, self.texts.tokens[rows].to(self.device)))))  # fmt: skip
+            self.current.append(self.stream(partial(self._embedded, expert, outer)))
             vectors = outer["embed.weight"][: target.vocab]
             if "positions.weight" in outer:
                 vectors = vectors + outer["positions.weight"][: texts.tokens.shape[1]].mean(0)
             table += known[k][:, None] * width.centred(expert, vectors).cpu() @ self.encoders[k]
-        table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
+        if self.constant:
+            table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
         self.state = F.embedding(texts.tokens, table)
         return table
 
@@ -123,16 +128,17 @@ class LayerFold:
         groups = {k: self.experts[k].spec.heads // ratio for k in present}
         inputs = target.width + bool(self.bias)
         fits = {k: Moments.zeros(inputs, groups[k] * (ratio + 2) * size, self.device) for k in present}
-        mids: dict[int, list[Tensor]] = {k: [] for k in present}
-        for rows in self.batches():
-            seen = self._with_one(self.normalised(rows))
-            for k, weights in present.items():
-                expert, x = self.experts[k], self.current[k][rows].to(self.device)
+        mids = {k: self.current[k].clone() for k in present}
+        for k, weights in present.items():
+            expert = self.experts[k]
+            for rows, time in self.reached(k):
+                x = self.current[k][rows, :time].to(self.device)
                 n = decoder.normalise(expert.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
                 q, key, v = decoder.project_heads(expert.spec, weights, n)
                 written = decoder.linear(weights, "o", decoder.attend(expert.spec, q, key, v))
-                mids[k].append(width.centred(expert, x + written).cpu())
-                self._add(fits[k], seen, self._placed(k, q, key, v), self.weight[k][rows])
+                mids[k][rows, :time] = width.centred(expert, x + written).cpu()
+                seen = self._with_one(self.normalised(rows, time))
+                self._add(fits[k], seen, self._placed(k, q, key, v), self.weight[k][rows, :time])
         parts = [
             fits[k].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
             for k, g in groups.items()
@@ -144,7 +150,7 @@ class LayerFold:
             total += spare
         weights = self._named({role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)})
         self.before_attention = self.current
-        self.current = [torch.cat(mids[k]) if k in mids else x for k, x in enumerate(self.current)]
+        self.current = [mids.get(k, x) for k, x in enumerate(self.current)]
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
@@ -161,35 +167,41 @@ class LayerFold:
         return weights
 
     def feed_forward(self, layer: int, present: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Solve gate and up, then down, of a target layer; moves all states past the MLP."""
+        """Solve gate and up, then down, of a target layer; moves the states past the MLP (the target's, if not refined)."""
         target, knobs = self.target, self.knobs
         gates, ups = ({k: Moments.zeros(target.width, self.experts[k].spec.mlp, self.device) for k in present} for _ in "gu")
-        outs: dict[int, list[Tensor]] = {k: [] for k in present}
-        for rows in self.batches():
-            seen = self.normalised(rows)
-            for k, weights in present.items():
-                expert, x = self.experts[k], self.current[k][rows].to(self.device)
-                read = self.before_attention[k][rows].to(self.device) if expert.spec.parallel else x
+        outs = {k: self.current[k].clone() for k in present}
+        for k, weights in present.items():
+            expert = self.experts[k]
+            for rows, time in self.reached(k):
+                x = self.current[k][rows, :time].to(self.device)
+                read = self.before_attention[k][rows, :time].to(self.device) if expert.spec.parallel else x
                 n = decoder.normalise(expert.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
                 gate, up, hidden = decoder.feed_forward(expert.spec, weights, n)
-                outs[k].append(width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu())
+                outs[k][rows, :time] = width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
                 gate, up = as_gated(expert.spec.activation, gate, up)
-                owned = self.texts.owned[k][rows].to(x)[..., None]
-                off = knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None]
-                self._add(gates[k], seen, gate * owned - knobs.off_gate * (1 - owned), self.weight[k][rows] + off)
-                self._add(ups[k], seen, up, self.weight[k][rows])
+                seen, owned = self.normalised(rows, time), self.texts.owned[k][rows, :time]
+                weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
+                share = owned.to(x)[..., None]
+                self._add(gates[k], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
+                self._add(ups[k], seen, up, weight)
+                rest = self.normalised(rows)[:, time:].flatten(0, 1)
+                weight = self._off(k, rows)[:, time:].to(rest).flatten()
+                gates[k].add_gram(rest, weight)
+                gates[k].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
         units = sum(self.experts[k].spec.mlp for k in present)
         spare = self._random(target.width, 2 * max(0, target.mlp - units)).chunk(2, dim=1)
         weights = {
             f"{role}.weight": torch.cat([*(fits[k].solve(knobs.ridge).to(self.dtype) for k in present), extra], dim=1).T
             for role, fits, extra in (("gate", gates, spare[0]), ("up", ups, spare[1]))
         }
-        self.current = [torch.cat(outs[k]) if k in outs else x for k, x in enumerate(self.current)]
+        self.current = [outs.get(k, x) for k, x in enumerate(self.current)]
         writers = self.writers(lambda rows: self._hidden(weights, rows), len(weights["up.weight"]))
         keep = self.keep(writers, layer, "out", 1, target.mlp)
         weights = {role: w[keep].contiguous() for role, w in weights.items()}
         weights["down.weight"] = self.write(writers, keep)
-        self._advance(lambda rows: self._hidden(weights, rows), weights["down.weight"])
+        if not self.refine.steps:
+            self._advance(lambda rows: self._hidden(weights, rows), weights["down.weight"])
         return weights
 
     def head(self) -> dict[str, Tensor]:
@@ -230,13 +242,27 @@ class LayerFold:
         return goal * owned[..., None], self.weight[k][rows].to(owned) + quiet
 
     def writers(self, features: Features, inputs: int) -> list[Moments]:
-        """Per expert: moments from hidden features onto what its slice still lacks."""
+        """Per expert: moments from hidden features onto what its slice still lacks.
+
+        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram matrix per
+        owner serves all slices, and only the positions that differ (shared beginnings) are counted apart.
+        """
         out = [Moments.zeros(inputs, s.stop - s.start, self.device) for s in self.slices]
+        shared = torch.zeros(len(self.experts), inputs, inputs, dtype=torch.float64, device=self.device)
         for rows in self.batches():
-            x, state = features(rows), self.state[rows].to(self.device)
+            x, state, owner = features(rows), self.state[rows].to(self.device), self.texts.owner[rows]
+            fit = self.texts.fit[rows]
+            for j in owner[fit].unique().tolist():
+                mine = x[fit & (owner == j)].flatten(0, 1)
+                shared[j] += (mine.T @ mine).double()
             for k, part in enumerate(self.slices):
                 goal, weight = self.goal(k, rows)
-                self._add(out[k], x, goal - state[..., part], weight)
+                out[k].add_cross(x.flatten(0, 1), (goal - state[..., part]).flatten(0, 1), weight.flatten())
+                usual = torch.where(owner == k, 1.0, self.knobs.mute).to(weight)[:, None] * fit[:, None].to(weight)
+                out[k].add_gram(x.flatten(0, 1), (weight - usual).flatten())
+        for k, moments in enumerate(out):
+            for j, gram in enumerate(shared):
+                moments.gram += gram * (1.0 if j == k else self.knobs.mute)
         return out
 
     def keep(self, writers: list[Moments], layer: int, where: str, group: int, keep: int) -> Tensor:
@@ -267,7 +293,8 @@ class LayerFold:
         at_mid = reached == 0 or (where == "mid" and self.hosts[k][last] == layer)
         fisher = (self.bases[k].fisher_mid if at_mid else self.bases[k].fisher_out)[last]
         encoder = self.encoders[k][:, self.slices[k]].to(fisher)
-        return encoder.T @ fisher @ encoder
+        metric: Tensor = encoder.T @ fisher @ encoder
+        return metric
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -279,9 +306,20 @@ class LayerFold:
         """A state of all rows, on the CPU, made batch by batch."""
         return torch.cat([make(rows).cpu() for rows in self.batches()])
 
-    def normalised(self, rows: Tensor) -> Tensor:
+    def reached(self, k: int) -> Iterator[tuple[Tensor, int]]:
+        """Batches of rows, and up to where expert k has a say in them: the whole of its own, the beginning of others'."""
+        mine = self.texts.owner == k
+        says = (self.texts.owned[k][~mine] > 0).any(0).nonzero().flatten()
+        time = self.texts.tokens.shape[1]
+        for rows in torch.nonzero(mine).flatten().split(self.batch):
+            yield rows, time
+        if len(says):
+            for rows in torch.nonzero(~mine).flatten().split(self.batch):
+                yield rows, int(says[-1]) + 1
+
+    def normalised(self, rows: Tensor, time: int | None = None) -> Tensor:
         """The target's normed stream: what its readers and its head see."""
-        return decoder.rms(self.state[rows].to(self.device), self.target.eps)
+        return decoder.rms(self.state[rows, :time].to(self.device), self.target.eps)
 
     def teacher(self, rows: Tensor) -> Tensor:
         """Logits of each row's owner (row, time, vocab), from the experts' present (final) states."""
@@ -293,8 +331,17 @@ class LayerFold:
             out[owners == k] = decoder.logits(self.experts[k].spec, self.outers[k], x)[..., : self.target.vocab]
         return out
 
+    def _off(self, k: int, rows: Tensor) -> Tensor:
+        """Weight of a closed gate where expert k has no say (row, time)."""
+        return self.knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None]
+
+    def _embedded(self, expert: Source, outer: dict[str, Tensor], rows: Tensor) -> Tensor:
+        tokens = self.texts.tokens[rows].to(self.device)
+        return width.centred(expert, decoder.embed(expert.spec, outer, tokens))
+
     def _layer_output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return decoder.layer(self.target, weights, x.to(self.device)).out
+        out: Tensor = decoder.layer(self.target, weights, x.to(self.device)).out
+        return out
 
     def _mixed(self, spec: Spec, weights: dict[str, Tensor], rows: Tensor) -> Tensor:
         return decoder.attend(spec, *decoder.project_heads(spec, weights, self.normalised(rows)))
@@ -332,17 +379,19 @@ class LayerFold:
 
     def _random(self, inputs: int, outputs: int) -> Tensor:
         """Spare heads and neurons are random features of the stream: the writer's regression puts them to use."""
-        drawn = torch.randn(inputs, outputs, generator=self.generator) / inputs**0.5
-        return drawn.to(self.device, self.dtype)
+        drawn = torch.randn(inputs, outputs, generator=self.generator).to(self.device, self.dtype)
+        return drawn.div(inputs**0.5)
 
     def _add(self, moments: Moments, x: Tensor, y: Tensor, weight: Tensor) -> None:
         moments.add(x.flatten(0, -2), y.flatten(0, -2), weight.to(x).flatten())
 
 
-def encoders(bases: Sequence[width.Basis], total: int, dtype: torch.dtype) -> tuple[list[Tensor], list[slice]]:
-    """P_k (resid_k, total) and each expert's slice. Dimension 0 is a constant: the bias of families that have none."""
-    matrices, slices, start = [], [], 1
-    for basis, n in zip(bases, width.allot(list(bases), total - 1), strict=True):
+def encoders(
+    bases: Sequence[width.Basis], total: int, dtype: torch.dtype, first: int = 0
+) -> tuple[list[Tensor], list[slice]]:
+    """P_k (resid_k, total) and each expert's slice, from dimension `first` on."""
+    matrices, slices, start = [], [], first
+    for basis, n in zip(bases, width.allot(list(bases), total - first), strict=True):
         matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
         matrix[:, start : start + n] = basis.directions[:, :n].cpu()
         matrices.append(matrix)
@@ -360,7 +409,8 @@ def root(metric: Tensor) -> Tensor:
     """A square root of a positive semi-definite matrix, slightly lifted so that no direction is free."""
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     power, vectors = torch.linalg.eigh(metric + 1e-3 * metric.diagonal().mean() * eye)
-    return vectors * power.clamp_min(0).sqrt()
+    scaled: Tensor = vectors * power.clamp_min(0).sqrt()
+    return scaled
 
 
 def as_gated(activation: str, gate: Tensor | None, up: Tensor) -> tuple[Tensor, Tensor]:

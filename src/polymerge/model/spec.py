@@ -66,6 +66,11 @@ class Spec:
     parallel: bool = False
     features: frozenset[str] = field(default_factory=frozenset)
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether maps have constant parts: biases, LayerNorm's shift, or a plain unit seen as a gated one."""
+        return self.norm == "layer" or not self.gated or bool(self.features & {"qkv_bias", "o_bias", "mlp_bias"})
+
     def sizes(self) -> dict[str, int]:
         """The length of every named axis."""
         return {

@@ -80,7 +80,13 @@ def healing(curve: Sequence[Mapping[str, Any]], reference: Mapping[str, float] |
     for name, at in _apart({name: values[-1] for name, values in lines.items()}, axes):
         text = f"{name}  {lines[name][-1]:{'+.3f' if reference else '.3f'}}"
         _note(
-            axes, text, (tokens[-1], at), (8, 0), color=colour(names.index(name)), va="center", weight="bold"
+            axes,
+            text,
+            (tokens[-1], at),
+            (8.0, 0.0),
+            color=colour(names.index(name)),
+            va="center",
+            weight="bold",
         )
     kept = [point for point in curve if point.get("best")]
     if kept:
@@ -108,9 +114,16 @@ def story(summary: Mapping[str, Any]) -> Figure:
                 continue
             at = x + (index - (len(skills) - 1) / 2) * width
             axes.bar(at, value, 0.86 * width, facecolor=shade if x else PAPER, edgecolor=shade, linewidth=1.4)
-            text = f"{value:+.2f}" if x else f"{name}\n{value:+.2f}"
+            text = _signed(value) if x else f"{name}\n{_signed(value)}"
             _note(
-                axes, text, (at, max(value, 0)), (0, 3), ha="center", va="bottom", color=shade, weight="bold"
+                axes,
+                text,
+                (at, max(value, 0.0)),
+                (0.0, 3.0),
+                ha="center",
+                va="bottom",
+                color=shade,
+                weight="bold",
             )
     captions = {
         "union": f"both experts whole and a gate\n{_millions(sum(experts.values()))}, no training",
@@ -121,9 +134,9 @@ def story(summary: Mapping[str, Any]) -> Figure:
     for x, (title, caption) in enumerate(
         zip(titles, ["not merged", *(captions[s] for s in stages)], strict=True)
     ):
-        below = {"ha": "center", "va": "top"}
-        _note(axes, title, (x, 0), (0, -8), color=INK, size=_SIZE + 1, weight="bold", **below)
-        _note(axes, caption, (x, 0), (0, -24), color=FAINT, size=_SIZE - 0.5, **below)
+        below = {"ha": "center", "va": "top", "xycoords": axes.get_xaxis_transform()}
+        _note(axes, title, (float(x), 0.0), (0.0, -6.0), color=INK, size=_SIZE + 1, weight="bold", **below)
+        _note(axes, caption, (float(x), 0.0), (0.0, -22.0), color=FAINT, size=_SIZE - 0.5, **below)
     axes.axhline(0, color=INK, linewidth=1.1)
     axes.set_xlim(-0.55, len(stages) + 0.55)
     axes.set_ylim(min(0, axes.get_ylim()[0]), 1.12 * axes.get_ylim()[1])
@@ -200,7 +213,12 @@ def _note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, f
     axes.annotate(text, at, xytext=offset, textcoords="offset points", **{"size": _SIZE, **look})
 
 
-def _millions(count: float) -> str:
+def _signed(value: float) -> str:
+    """Two digits with a sign, but no minus before a zero."""
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
+
+
+def _millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"  # noqa: PLR2004
 
 

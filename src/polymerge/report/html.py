@@ -92,8 +92,9 @@ def _facts(summary: Mapping[str, Any]) -> str:
     cells = [(f"{summary['parameters'] / 1e6:,.2f} M", "parameters")]
     if experts:
         cells.append((f"{summary['parameters'] / max(experts.values()):.2f}x", "the largest expert"))
-    if summary.get("seconds"):
-        cells.append((duration(summary["seconds"]), f"in all, on {summary.get('device', 'cpu')}"))
+    total = report.total_seconds(summary)
+    if total is not None:
+        cells.append((duration(total), "wall time in all"))
     if summary.get("peak_bytes"):
         cells.append((size(summary["peak_bytes"]), "peak memory"))
     return (
@@ -144,18 +145,17 @@ def _size(summary: Mapping[str, Any]) -> str:
     if not experts:
         return ""
     total = max(sum(experts.values()), summary["parameters"])
-    rows = [(name, [(count, False)], f"{count:,}") for name, count in experts.items()]
+    rows = [(name, [(float(count), False)], f"{count:,}") for name, count in experts.items()]
     if len(experts) > 1:
         rows.append(
-            ("together", [(count, False) for count in experts.values()], f"{sum(experts.values()):,}")
+            ("together", [(float(count), False) for count in experts.values()], f"{sum(experts.values()):,}")
         )
-    rows.append(("result", [(summary["parameters"], True)], f"{summary['parameters']:,}"))
-    return _bars(rows, total) + '<p class="note">Parameters.</p>'
+    rows.append(("result", [(float(summary["parameters"]), True)], f"{summary['parameters']:,}"))
+    return _bars(rows, float(total)) + '<p class="note">Parameters.</p>'
 
 
 def _cost(summary: Mapping[str, Any]) -> str:
-    stages, cpu = summary.get("stage_seconds") or {}, summary.get("stage_cpu_seconds") or {}
-    stages = {name: value for name, value in stages.items() if name != "total"}
+    stages, cpu = report.stage_seconds(summary), report.stage_seconds(summary, "cpu_seconds")
     if not stages:
         return ""
     rows = [
@@ -171,24 +171,45 @@ def _knobs(summary: Mapping[str, Any]) -> str:
     trials, chosen = summary.get("knob_trials") or [], summary.get("knobs") or {}
     if not trials:
         return ""
-    header = list(dict.fromkeys(key for trial in trials for key in trial))
-    rows = [[_cell(trial.get(key)) for key in header] for trial in trials]
+    rows = [_trial(trial, list(summary["skills"])) for trial in trials]
+    header = list(dict.fromkeys(key for row in rows for key in row))
     marked = [
         bool(chosen) and all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials
     ]
-    table = _table(header, rows, marked)
-    return table + '<p class="note">Tried on held-out calibration text; what was chosen is bold.</p>'
+    table = _table(header, [[row.get(key, "–") for key in header] for row in rows], marked)
+    return table + (
+        '<p class="note">Shapes and knobs tried on held-out calibration text, before any training: what each '
+        "skill lost, in bits per byte, and the worst of them. What was chosen is bold.</p>"
+    )
+
+
+def _trial(trial: Mapping[str, Any], skills: Sequence[str]) -> dict[str, str]:
+    """A trial's cells by column; what each skill lost gets a column of its own."""
+    cells: dict[str, str] = {}
+    for key, value in trial.items():
+        if key == "excess":
+            cells |= {f"{name} lost": f"{lost:.3f}" for name, lost in zip(skills, value, strict=True)}
+        elif key == "worst":
+            cells[key] = f"{value:.3f}"
+        else:
+            cells[key.replace("_", " ")] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return cells
 
 
 def _findings(summary: Mapping[str, Any]) -> str:
-    findings: Sequence[Any] = summary.get("findings") or []
-    items = []
-    for finding in findings:
-        kind, text = (
-            (finding["kind"], finding["text"]) if isinstance(finding, Mapping) else ("", str(finding))
-        )
-        items.append(f'<li class="{escape(kind)}"><b>{escape(kind)}</b> {escape(text)}</li>')
-    return f'<ul class="findings">{"".join(items)}</ul>' if items else ""
+    found = (summary.get("preflight") or {}).get("findings", [])
+    shown = [_finding(f) for level in ("warning", "approximate") for f in found if f["level"] == level]
+    exact = [_finding(f) for f in found if f["level"] == "exact"]
+    text = f'<ul class="findings">{"".join(shown)}</ul>' if shown else ""
+    if exact:
+        text += f"<details><summary>{len(exact)} carried over exactly</summary>"
+        text += f'<ul class="findings">{"".join(exact)}</ul></details>'
+    return text
+
+
+def _finding(finding: Mapping[str, str]) -> str:
+    level, subject = finding["level"], escape(finding["subject"])
+    return f'<li class="{level}"><b>{subject}</b> <em>{level}</em><br>{escape(finding["text"])}</li>'
 
 
 def _samples(summary: Mapping[str, Any]) -> str:
@@ -235,11 +256,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequenc
 
 def _is_number(cell: str) -> bool:
     return cell == "–" or cell.lstrip("+-").replace(",", "").replace(".", "", 1).replace("e-", "").isdigit()
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

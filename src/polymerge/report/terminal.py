@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -43,8 +44,9 @@ def merged(summary: Mapping[str, Any], out: str | None) -> RenderableType:
     experts = summary.get("expert_parameters") or {}
     largest = f", {summary['parameters'] / max(experts.values()):.2f}x the largest expert" if experts else ""
     facts = [f"{summary['parameters']:,} parameters{largest}"]
-    if summary.get("seconds"):
-        facts.append(duration(summary["seconds"]))
+    total = report.total_seconds(summary)
+    if total is not None:
+        facts.append(duration(total))
     if summary.get("peak_bytes"):
         facts.append(f"peak memory {size(summary['peak_bytes'])}")
     lines: list[RenderableType] = [skills(summary["skills"]), "", " · ".join(facts)]
@@ -83,11 +85,37 @@ def listing(rows: Sequence[Mapping[str, str]]) -> Table:
     return made
 
 
+def preflight(found: Mapping[str, Any]) -> RenderableType:
+    """The report before a merge: sources, findings by kind with the warnings first, and what it will need."""
+    from polymerge.preflight.report import LEVELS
+
+    groups = [("sources", list(found["sources"].items()))]
+    for level, title in LEVELS:
+        groups.append((title, [(f["subject"], f["text"]) for f in found["findings"] if f["level"] == level]))
+    parameters = found["parameters"]
+    needs = [
+        ("result", "size not known" if parameters is None else f"at most {parameters:,} parameters"),
+        ("disk", size(found["disk_bytes"])),
+        ("memory", f"about {size(found['memory_bytes'])}"),
+        ("time", f"about {duration(found['seconds'])} on this machine"),
+    ]
+    groups = [(title, rows) for title, rows in [*groups, ("needs (estimates)", needs)] if rows]
+    width = max(len(subject) for _, rows in groups for subject, _ in rows)
+    parts: list[RenderableType] = []
+    for title, rows in groups:
+        made = Table.grid(padding=(0, 2))
+        made.add_column(min_width=width)
+        for subject, text in rows:
+            made.add_row(Text(subject, style="cyan"), Text(text))
+        parts += [Text(title, style="bold"), Padding(made, (0, 0, 1, 2))]
+    return Group(*parts)
+
+
 def samples(found: Mapping[str, Mapping[str, str]]) -> RenderableType:
     """What the merged model writes: the prompt faint, its own text plain."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Text("\nWhat the merged model writes (the prompt is dim)\n", style="bold")]
     for name, sample in found.items():
-        parts += [Text(name, style="bold"), Text.assemble((sample["prompt"], "dim"), sample["text"]), ""]
+        parts += [Text(name, style="underline"), Text.assemble((sample["prompt"], "dim"), sample["text"]), ""]
     return Group(*parts)
 
 
@@ -116,7 +144,7 @@ def bits(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes for people: 812 MB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:

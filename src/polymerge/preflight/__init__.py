@@ -1,0 +1,183 @@
+"""Preflight: what the sources are, what maps exactly, what is approximated and at what cost, what is refused.
+
+What can be known to go wrong stops here, with one line, before a byte is written: output folder, damaged
+files, contexts too short, tokenizers, parts without a counterpart, too little text, weights that are not
+finite, disk space. Cheap checks come first; the weights are read (once, a tensor at a time) last.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polymerge.calibrate.texts import PARTS, Skill, adds_bos, pack, shared_documents
+from polymerge.checkpoint.writer import check_free, require_space
+from polymerge.errors import CheckpointError, PreflightError, TextError
+from polymerge.model.source import Source
+from polymerge.plan import Plan
+from polymerge.preflight.architecture import fold_findings
+from polymerge.preflight.cost import estimate
+from polymerge.preflight.report import Finding, Level, Report
+from polymerge.preflight.vocabulary import vocabulary_findings
+from polymerge.recipe import Recipe
+
+__all__ = ["Finding", "Level", "Report", "check"]
+
+VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
+
+
+def check(  # noqa: PLR0917  one argument per part of a merge
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    tokenizers: Mapping[str, Any],
+    plan: Plan | None,
+    out: Path | None,
+    texts: Mapping[str, Skill],
+) -> Report:
+    """The report on a merge, or the first reason why it cannot be done.
+
+    Args:
+        recipe: what is asked for.
+        sources: experts by name.
+        tokenizers: theirs.
+        plan: shapes of a fold; None for a union.
+        out: folder to be made; None when nothing will be written.
+        texts: the experts' skills.
+
+    Raises:
+        OutputError: `out` exists, cannot be written, or has too little space.
+        CheckpointError: a source is incomplete, damaged, not finite, or brings code.
+        TextError: a part of a text has less than a row of tokens.
+        PreflightError: the sources cannot be merged as asked.
+    """
+    if out is not None:
+        check_free(out)
+    for source in sources.values():
+        source.checkpoint.check()
+        _check_tokenizer_files(source)
+    specs = {name: source.spec for name, source in sources.items()}
+    _check_lengths(recipe, sources)
+    findings = vocabulary_findings(recipe.anchor, tokenizers, specs, texts)
+    if plan is None:
+        text = "every expert whole, weights rounded to the result's dtype at most"
+        findings += [Finding("exact", f"{name}: union", text) for name in specs]
+    else:
+        _check_rows(recipe, sources)
+        findings += fold_findings(specs, recipe.anchor, plan)
+    findings += _dtypes(recipe, sources)
+    findings += _check_texts(recipe, tokenizers[recipe.anchor], texts, healed=plan is not None)
+    findings += _licences(sources, recipe.anchor)
+    for source in sources.values():
+        source.checkpoint.check_finite()
+    cost = estimate(recipe, sources, plan)
+    if out is not None:
+        require_space(out, cost.disk_bytes)
+    kinds = {name: _describe(source) for name, source in sources.items()}
+    return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.seconds, kinds)
+
+
+def _describe(source: Source) -> str:
+    """One line on a source."""
+    s = source.spec
+    positions = f"RoPE θ={s.rope_theta:g}" if s.frequencies else "learned positions"
+    mlp = f"MLP {s.mlp} ({'gated ' if s.gated else ''}{s.activation})"
+    heads = f"{s.heads} heads of {s.head_size}" + (f" ({s.kv_heads} KV)" if s.kv_heads != s.heads else "")
+    return (
+        f"{s.family}, {source.parameters:,} parameters: {s.layers} layers, width {s.width}, {heads}, {mlp}, "
+        f"{positions}, context {s.max_positions:,}, vocabulary {s.vocab:,}"
+    )
+
+
+def _check_tokenizer_files(source: Source) -> None:
+    """Without files transformers would make up an empty tokenizer of the family's kind."""
+    if not {path.name for path in source.checkpoint.tokenizer_files()} & VOCABULARY_FILES:
+        expected = ", ".join(sorted(VOCABULARY_FILES))
+        raise CheckpointError(
+            f"{source.path}: no tokenizer; expected one of {expected}: get the missing file"
+        )
+
+
+def _check_lengths(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """No expert reads rows longer than it has positions for."""
+    asked = {"fold.length": recipe.fold.length}
+    if recipe.heal is not None and recipe.method == "fold":
+        asked["heal.length"] = recipe.heal.length
+    name, least = min(((n, s.spec.max_positions) for n, s in sources.items()), key=lambda item: item[1])
+    for key, length in asked.items():
+        if length > least:
+            raise PreflightError(
+                f"{key}: {length} tokens a row, but {name!r} knows only {least} positions; set {key}: {least}"
+            )
+
+
+def _check_rows(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """A fold's head has a row per token of the anchor: every expert must have them too."""
+    rows = {name: source.spec.vocab for name, source in sources.items()}
+    least = min(rows, key=lambda name: rows[name])
+    if rows[least] < rows[recipe.anchor]:
+        raise PreflightError(
+            f"anchor: {recipe.anchor!r} has {rows[recipe.anchor]:,} embedding rows (padding included), "
+            f"{least!r} only {rows[least]:,}; a fold needs the anchor's in every expert: set anchor: {least}"
+        )
+
+
+def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
+    for name, source in sources.items():
+        checkpoint = source.checkpoint
+        stored = sorted({str(checkpoint.dtype(n)).removeprefix("torch.") for n in checkpoint.names})
+        if stored != [recipe.dtype]:
+            text = f"{', '.join(stored)} in the expert, {recipe.dtype} in the result"
+            yield Finding("approximate", f"{name}: dtype", text)
+
+
+def _check_texts(
+    recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, healed: bool
+) -> Iterator[Finding]:
+    """Every part of every text gives at least a row; what is short of what was asked, or leaks, is told."""
+    length = recipe.fold.length
+    wanted = max(1, recipe.fold.tokens // length)
+    longest = max(length, recipe.heal.length) if healed and recipe.heal is not None else length
+    bos = adds_bos(tokenizer)
+    for name, skill in texts.items():
+        for part in PARTS:
+            try:
+                pack(tokenizer, getattr(skill, part), longest, limit=1, bos=bos)
+            except TextError as error:
+                raise TextError(f"text of {name!r}, {part} part: {error}") from None
+        found = len(pack(tokenizer, skill.calibration, length, limit=wanted, bos=bos).tokens)
+        if healed and found < wanted:
+            text = f"{found * length:,} tokens to calibrate on; fold.tokens asks for {recipe.fold.tokens:,}"
+            yield Finding("warning", f"{name}: text", text)
+    for one, other in permutations(texts, 2):
+        leaked = shared_documents(texts[one], texts[other])
+        if leaked:
+            text = (
+                f"{leaked} of its {len(texts[one].test)} test documents are calibration or validation text "
+                f"of {other!r}: scores on it will look too good"
+            )
+            yield Finding("warning", f"{one}: text", text)
+
+
+def _licences(sources: Mapping[str, Source], anchor: str) -> Iterator[Finding]:
+    """The result's licence, where all experts state the same."""
+    found = {name: licence(source.path) for name, source in sources.items()}
+    stated = ", ".join(f"{name} {value or 'states none'}" for name, value in found.items())
+    if len(set(found.values())) > 1 or found[anchor] is None:
+        text = f"{stated}; the card will name none: settle it before you publish"
+        yield Finding("warning", "licence", text)
+    else:
+        yield Finding("exact", "licence", f"{found[anchor]}, as all experts state")
+
+
+def licence(folder: Path) -> str | None:
+    """The licence in the front matter of a model's card; None without one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(match[1]) if (match := re.match(r"---\n(.*?)\n---", text, re.DOTALL)) else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    value = front.get("license") if isinstance(front, dict) else None
+    return value if isinstance(value, str) else None

@@ -1,0 +1,118 @@
+"""What a merge needs: memory, disk and time, estimated from shapes before anything runs.
+
+N tokens in R rows of T; target: width d, layers L, vocabulary V, parameters P; K experts of width d_k, layers
+L_k, parameters P_k; M = Σ mlp_k.
+
+    states    4 R T (2 d + 3 Σ d_k)     float32, all rows, before and after a block, on the CPU
+    moments   24 (K M² + d² + d V)      float64 second moments and their factors
+    bases     32 Σ (2 L_k + 1) d_k²     float64, Fisher matrices per block boundary
+    logits    3 · 4 · 32 T V            one batch
+    outer     8 V (Σ d_k + d)           embeddings and heads; layers come one at a time
+    heal      4 (5 P + Σ P_k)           weights, gradients, Adam's two moments, best state; teachers
+    fold      2 N (Σ P_k + P + L (K (3 d² + M² + H²) + 4 d (M + H)) + V (d + Σ d_k))   H: width of all heads
+    refine    8 · steps · rows · T · P
+    heal      1.3 · tokens · (6 P + 2 mean P_k)               measuring on the way included
+
+Time is these operations over `SHARE` times the speed of a matrix product, measured on the spot: the part that
+kernels of small models reach. Good to a factor of about two.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polymerge.methods._refine import Refine
+from polymerge.methods.fold import BASIS_ROWS, GRIDS, TRIAL_HELD_OUT, TRIAL_ROWS
+from polymerge.model.source import Source
+from polymerge.plan import Plan
+from polymerge.plan import parameters as count
+from polymerge.recipe import Recipe
+
+VALIDATION_ROWS, TEST_ROWS, BATCH = 64, 512, 32
+LIBRARIES = 700_000_000
+"""Bytes of a process that has imported torch and transformers, and of what its allocator keeps."""
+SHARE = 0.7
+"""Measured over a whole merge of two models of a million parameters on one core."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: of the result, at most; bytes; seconds."""
+
+    parameters: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -> Cost:
+    """Memory, disk and time of a recipe (formulas above)."""
+    specs = [s.spec for s in sources.values()]
+    experts = sum(s.parameters for s in sources.values())
+    widths, length = sum(s.width for s in specs), recipe.fold.length
+    vocab = max(s.vocab for s in specs)
+    each = getattr(torch, recipe.dtype).itemsize
+    beside = sum(f.stat().st_size for f in sources[recipe.anchor].checkpoint.tokenizer_files()) + 200_000
+    measured = TEST_ROWS * length * len(specs)
+    scoring = 4 * (
+        TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths
+    )
+    if plan is None:
+        work = 2.0 * measured * experts
+        return Cost(
+            experts, LIBRARIES + scoring, experts * each + beside, work / (SHARE * speed(_device(sources)))
+        )
+    target = max(plan.shapes, key=lambda s: count(plan.family, s))
+    size = count(plan.family, target)
+    rows = len(specs) * (max(1, recipe.fold.tokens // length) + VALIDATION_ROWS)
+    mlp = sum(s.mlp for s in specs)
+    folding = (
+        4 * rows * length * (2 * target.width + 3 * widths)
+        + 24 * (len(specs) * mlp**2 + target.width * (target.width + vocab))
+        + 32 * sum((2 * s.layers + 1) * s.width**2 for s in specs)
+        + 12 * BATCH * length * vocab
+        + 8 * vocab * (widths + target.width)
+    )
+    healing = 4 * (5 * size + experts) + 16 * (
+        recipe.heal.batch_rows * recipe.heal.length * vocab if recipe.heal else 0
+    )
+    memory = LIBRARIES + max(folding, scoring, healing if recipe.heal else 0)
+    work = _work(recipe, sources, plan, size, rows * length) + 2.0 * measured * (experts + 2 * size)
+    return Cost(size, memory, size * each + beside, work / (SHARE * speed(_device(sources))))
+
+
+def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> float:
+    """Floating-point operations of basis, trials, fold, refinement and healing."""
+    specs = [s.spec for s in sources.values()]
+    experts, k = sum(s.parameters for s in sources.values()), len(specs)
+    target = plan.shapes[len(plan.shapes) // 2]
+    heads, mlp = sum(s.heads for s in specs) * target.head_size, sum(s.mlp for s in specs)
+    moments = target.layers * (
+        3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads)
+    )
+    one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
+    knobs = sum(getattr(recipe.fold, name) is None for name in GRIDS) if k > 1 else 0
+    trials = (1 + len(plan.shapes) // 2 + knobs) * k * (TRIAL_ROWS + TRIAL_HELD_OUT) * recipe.fold.length
+    refine = Refine()
+    refining = 8.0 * recipe.fold.refine * refine.rows * recipe.fold.length * size
+    basis = 8.0 * BASIS_ROWS * recipe.fold.length * experts
+    healing = 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0
+    return one * (tokens + trials) + refining + basis + healing
+
+
+def _device(sources: Mapping[str, Source]) -> str:
+    return next(iter(sources.values())).device
+
+
+def speed(device: str, seconds: float = 0.05) -> float:
+    """Floating-point operations per second of a float32 product of 512 × 512, measured for `seconds`."""
+    n = 512
+    x = torch.ones(n, n, device=device)
+    _ = float((x @ x)[0, 0])
+    start, done = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+        _ = float((x @ x)[0, 0])  # reading a value waits for a GPU
+        done += 1
+    return max(1, done) * 2.0 * n**3 / spent

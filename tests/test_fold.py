@@ -1,0 +1,220 @@
+"""Laws of the fold, on tiny random experts of every family."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from polymerge import families, plan, recipe
+from polymerge.calibrate.calibration import Calibration
+from polymerge.calibrate.ownership import by_prefix
+from polymerge.methods import fold as folding
+from polymerge.methods._layers import Knobs, LayerFold, as_gated
+from polymerge.methods._refine import Refine
+from polymerge.model import decoder
+from polymerge.model.source import Source
+
+NO_REFINE = Refine(steps=0, head_steps=0)
+EXACT = Knobs(ridge=1e-12, mute=0.0, off_gate=0.0, off_weight=0.0)
+
+
+def texts(experts, rows=48, time=24, vocab=64, apart=16):
+    """Random rows: each expert's texts use its own half of the vocabulary, and a shared quarter."""
+    g = torch.Generator().manual_seed(5)
+    parts = [torch.randint(apart * k, apart * k + 48, (rows, time), generator=g) % vocab for k in range(experts)]
+    owner = torch.arange(experts).repeat_interleave(rows)
+    tokens = torch.cat(parts)
+    fit = (torch.arange(len(tokens)) % 6) != 0
+    owned = by_prefix(tokens, owner, experts).double()
+    return Calibration(tokens, owner, fit, owned, torch.ones(time, dtype=torch.bool), (1.0,) * experts)
+
+
+def expert(save_model, folder, family="llama", **changes):
+    groups = {} if family in ("gpt2", "gpt_neox") else {"num_key_value_heads": 4}
+    sharp = {"initializer_range": 0.15}  # predictions that say something
+    save_model(folder, family, vocab_size=64, eos_token_id=None, **{**groups, **sharp, **changes})
+    source = Source(folder, dtype=torch.float64)
+    assert source.spec.vocab == 64
+    return source
+
+
+def shape(experts, family="mistral", **size):
+    named = {str(i): e for i, e in enumerate(experts)}
+    asked = recipe.parse({
+        "method": "fold", "anchor": "0", "family": family, "size": size or "union",
+        "experts": {name: {"model": str(e.path), "text": "unused.txt"} for name, e in named.items()},
+    })  # fmt: skip
+    made = plan.make(asked, {n: e.spec for n, e in named.items()}, {n: e.parameters for n, e in named.items()})
+    return made.family, made.shapes
+
+
+def folded_logits(experts, family, target, data, knobs=EXACT, refine=NO_REFINE):
+    weights: dict = {}
+    bases = folding.bases_of(experts, data, 0)
+    run = LayerFold(experts, target, data, bases, knobs, refine, bias=family.bias)
+    excess = run.run(lambda layer, w: weights.setdefault(layer, {}).update(w))
+    x = decoder.embed(target, weights[None], data.tokens)
+    for index in range(target.layers):
+        x = decoder.layer(target, weights[index], x).out
+    return decoder.logits(target, weights[None], x), excess, weights
+
+
+def divergence(logits, experts, data):
+    """KL(owner ‖ fold) on held-out rows, nats per token: the worst skill."""
+    found = []
+    for k, source in enumerate(experts):
+        rows = (data.owner == k) & ~data.fit
+        theirs, ours = source.logits(data.tokens[rows]).log_softmax(-1), logits[rows].log_softmax(-1)
+        found.append(float((theirs.exp() * (theirs - ours)).sum(-1).mean()))
+    return max(found)
+
+
+def difference(logits, source, tokens):
+    """Largest difference of log-probabilities (logits are free up to a constant)."""
+    return float((logits.log_softmax(-1) - source.logits(tokens).log_softmax(-1)).abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_fold_of_one_expert_at_its_own_size_is_the_expert(family, save_model, tmp_path):
+    source = expert(save_model, tmp_path, family)
+    data = texts(1, rows=90)
+    target_family, (target,) = shape([source], family)
+    assert target.width == source.spec.width
+    logits, excess, _ = folded_logits([source], target_family, target, data)
+    assert difference(logits, source, data.tokens) < 1e-5
+    assert abs(excess[0]) < 1e-5
+
+
+def test_merge_of_an_expert_with_itself_is_the_expert(save_model, tmp_path):
+    source = expert(save_model, tmp_path)
+    data = texts(2, apart=0)
+    data = replace(data, owned=torch.ones_like(data.owned))
+    family, (target,) = shape([source, source])
+    logits, _, _ = folded_logits([source, source], family, target, data, replace(EXACT, ridge=1e-10))
+    assert difference(logits, source, data.tokens) < 1e-3
+
+
+def test_permuting_the_neurons_of_an_expert_changes_nothing(save_model, tmp_path):
+    source = expert(save_model, tmp_path)
+    data = texts(1)
+    family, (target,) = shape([source], width=24, heads=3, mlp=30)
+    knobs = Knobs(ridge=1e-4)
+    before, _, _ = folded_logits([source], family, target, data, knobs)
+    plain = source.layer
+
+    def permuted(index):
+        weights = plain(index)
+        order = torch.randperm(len(weights["up.weight"]), generator=torch.Generator().manual_seed(2))
+        for role in ("up.weight", "gate.weight"):
+            weights[role] = weights[role][order]
+        weights["down.weight"] = weights["down.weight"][:, order]
+        return weights
+
+    source.layer = permuted
+    after, _, _ = folded_logits([source], family, target, data, knobs)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_larger_target_folds_better(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "gpt_neox", num_hidden_layers=1)]
+    data, losses = texts(2), []
+    for width, heads, mlp in ((16, 2, 16), (32, 4, 48), (64, 8, 112)):
+        family, (target,) = shape(pair, width=width, heads=heads, mlp=mlp)
+        losses.append(divergence(folded_logits(pair, family, target, data, Knobs())[0], pair, data))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_refinement_lowers_the_held_out_loss(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
+    data = texts(2)
+    family, (target,) = shape(pair, width=24, heads=3, mlp=24)
+    plain = folded_logits(pair, family, target, data, Knobs())[0]
+    refined = folded_logits(pair, family, target, data, Knobs(), Refine(steps=80, head_steps=80, lr=3e-3))[0]
+    assert divergence(refined, pair, data) < divergence(plain, pair, data)
+
+
+@pytest.mark.parametrize("target_family", plan.TARGETS)
+@pytest.mark.parametrize("source_family", families.names())
+def test_every_family_folds_into_every_target(source_family, target_family, save_model, tmp_path):
+    """The engine and transformers agree on the result, and the fold is far better than a uniform guess."""
+    from transformers import AutoModelForCausalLM
+
+    from polymerge.checkpoint.writer import CheckpointWriter
+    from polymerge.model.target import hf_config, sink, write_config
+
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", source_family, num_hidden_layers=1)]
+    data = texts(2, rows=60)
+    family, (target,) = shape(pair, target_family)
+    logits, _, weights = folded_logits(pair, family, target, data, Knobs())
+    with CheckpointWriter(tmp_path / "out") as writer:
+        emit = sink(family, target, writer)
+        for layer, w in weights.items():
+            emit(layer, w)
+        write_config(writer, hf_config(family, target, pair[0]), torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    with torch.no_grad():
+        theirs = model(data.tokens).logits
+    torch.testing.assert_close(theirs, logits, atol=1e-4, rtol=0)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters(family, target)
+    uniform = torch.zeros_like(logits)
+    assert divergence(logits, pair, data) < 0.9 * divergence(uniform, pair, data)
+
+
+def test_layers_where_an_expert_is_absent_and_spare_units_are_filled(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a", num_hidden_layers=3), expert(save_model, tmp_path / "b", num_hidden_layers=1)]
+    data = texts(2)
+    family, (target,) = shape(pair, width=64, heads=8, mlp=128)
+    logits, _, weights = folded_logits(pair, family, target, data, Knobs())
+    assert all(weights[i]["up.weight"].shape == (128, 64) for i in range(3))
+    assert all(weights[i]["q.weight"].shape == (8 * target.head_size, 64) for i in range(3))
+    assert divergence(logits, pair, data) < 0.3
+
+
+def test_the_same_seed_gives_the_same_bytes(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "gpt2")]
+    data = texts(2, rows=12)
+    family, (target,) = shape(pair, width=24, heads=3, mlp=24)
+    once, again = (folded_logits(pair, family, target, data, Knobs(), Refine(steps=3, head_steps=3))[2] for _ in "ab")
+    for layer in once:
+        for role in once[layer]:
+            assert torch.equal(once[layer][role], again[layer][role])
+
+
+def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
+    data = texts(2, rows=12)
+    family, shapes = shape(pair, width=24, heads=3, mlp=24)
+    bases = folding.bases_of(pair, data, 0)
+    _, knobs, trials = folding.choose(pair, family, shapes, data, bases, recipe.Fold(ridge=1e-3, mute=0.2))
+    assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
+    assert {t["off_gate"] for t in trials} == {0.0, 2.0}
+    assert {t["ridge"] for t in trials} == {1e-3}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("silu", 1e-12), ("gelu", 0.021), ("gelu_new", 0.021), ("relu", 0.036)])
+def test_plain_units_as_gated_units(name, tolerance):
+    z = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    gate, up = as_gated(name, None, z)
+    error = (torch.nn.functional.silu(gate) * up - decoder.activation(name, z)).abs().max()
+    assert float(error) < tolerance
+
+
+@pytest.mark.parametrize("family", plan.TARGETS)
+@pytest.mark.parametrize("times", ["0.8x", "1.0x", "1.5x", "2x"])
+def test_a_budget_is_used_within_three_percent(family, times, save_model, tmp_path):
+    pair = [
+        expert(save_model, tmp_path / "a", hidden_size=64, intermediate_size=160),
+        expert(save_model, tmp_path / "b", "gpt_neox", hidden_size=48, num_hidden_layers=3),
+    ]
+    made, shapes = shape(pair, family, params=times)
+    budget = float(times[:-1]) * max(e.parameters for e in pair)
+    for target in shapes:
+        assert 0.97 * budget <= plan.parameters(made, target) <= budget
+
+
+def test_a_budget_that_holds_nothing_says_what_would(save_model, tmp_path):
+    from polymerge.errors import PreflightError
+
+    source = expert(save_model, tmp_path)
+    with pytest.raises(PreflightError, match=r"size: 200 parameters hold no mistral .* the least is about"):
+        shape([source], params=200)

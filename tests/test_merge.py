@@ -1,0 +1,146 @@
+"""A whole merge on tiny experts: what comes out loads anywhere, is the same every time, and can be resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import save_tiny_model
+
+import polymerge
+from polymerge.errors import OutputError
+
+RECIPE = {
+    "method": "fold",
+    "anchor": "prose",
+    "experts": {
+        "prose": {"model": "prose", "text": ["prose.txt"]},
+        "code": {"model": "code", "text": "code.txt"},
+    },
+    "size": {"params": "1.5x"},
+    "fold": {"length": 16, "tokens": 640, "refine": 3},
+    "heal": {"tokens": "1k", "batch_rows": 8, "length": 16},
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge")
+    save_tiny_model(folder / "prose", hidden_size=32, num_hidden_layers=1)
+    save_tiny_model(folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, num_hidden_layers=2, seed=1)
+    for name, word in (("prose", "apple pie"), ("code", "x = y[3]")):
+        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(600)))
+    return folder
+
+
+def write(folder, **changes):
+    path = folder / f"recipe-{abs(hash(str(changes)))}.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged(folder):
+    return polymerge.merge(write(folder), folder / "merged")
+
+
+def files(path):
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+
+
+def test_result_is_a_stock_checkpoint_that_generates(merged):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(merged.out)
+    tokenizer = AutoTokenizer.from_pretrained(merged.out)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch.bfloat16
+    assert not list(merged.out.glob("*.py"))
+    ids = tokenizer("apple", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4
+    assert sum(p.numel() for p in model.parameters()) == merged.parameters
+    assert 0.97 * 1.5 <= merged.parameters / max(merged.expert_parameters.values()) <= 1.5
+
+
+def test_result_has_its_papers(merged):
+    card = (merged.out / "README.md").read_text()
+    assert "base_model_relation: merge" in card
+    assert "method: fold" in card
+    lock = json.loads((merged.out / "polymerge-lock.json").read_text())
+    assert lock["knobs"] == merged.knobs
+    assert set(lock["texts"]) == {"prose", "code"}
+    assert len(lock["calibration"]) == 64
+
+
+def test_summary_is_plain_json(merged):
+    summary = json.loads(json.dumps(merged.summary()))
+    assert set(summary["skills"]["code"]) == {"owner", "union", "fold", "healed", "experts"}
+    assert summary["worst_skill"]["name"] in ("prose", "code")
+    assert summary["seconds"]["total"] > 0
+    assert summary["peak_bytes"] > 0
+
+
+def test_healing_does_not_make_the_worst_skill_worse(merged):
+    worst = [max(p["validation"][k] for k in ("prose", "code")) for p in merged.heal_curve]
+    assert min(p["worst"] for p in merged.heal_curve) <= merged.heal_curve[0]["worst"]
+    assert worst
+
+
+SCRIPT = "import sys, polymerge; polymerge.merge(sys.argv[1], sys.argv[2])"
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_bytes_are_the_same_in_another_process(merged, folder, seed):
+    """Whatever PYTHONHASHSEED."""
+    out = folder / f"again{seed}"
+    code = f"import torch; torch.set_num_threads(1); {SCRIPT}"
+    subprocess.run(
+        [sys.executable, "-c", code, str(write(folder)), str(out)],
+        check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed},
+    )  # fmt: skip
+    assert files(out) == files(merged.out)
+
+
+def test_dry_run_writes_nothing(folder):
+    result = polymerge.merge(write(folder), folder / "dry", dry_run=True)
+    assert result.out is None
+    assert result.report.findings
+    assert not (folder / "dry").exists()
+
+
+def test_work_folder_saves_the_fold_and_refuses_another(merged, folder):
+    work = folder / "work"
+    polymerge.merge(write(folder), folder / "first", work=work)
+    second = polymerge.merge(write(folder), folder / "second", work=work)
+    assert "choose" not in second.seconds
+    assert files(folder / "second") == files(merged.out)
+    with pytest.raises(OutputError, match="holds the work of another merge"):
+        polymerge.merge(write(folder, seed=1), folder / "third", work=work)
+    assert not (folder / "third").exists()
+
+
+def test_union_holds_both_experts_and_keeps_the_bound(folder):
+    from transformers import AutoModelForCausalLM
+
+    result = polymerge.merge(write(folder, method="union", union={"alpha": 0}), folder / "union")
+    model = AutoModelForCausalLM.from_pretrained(result.out, trust_remote_code=True)
+    assert len(model.experts) == 2
+    for row in result.skills.values():
+        assert row["union"] <= min(row["experts"].values()) + 0.7 / 15 + 1e-6  # ln 2 nats a row of 15 scored bytes
+
+
+def test_labels_are_not_needed(folder):
+    gate = {**RECIPE["fold"], "ownership": "gate"}
+    result = polymerge.merge(write(folder, fold=gate, heal=None), folder / "gate")
+    assert all(row["fold"] is not None for row in result.skills.values())
+
+
+def test_three_experts_merge(folder):
+    save_tiny_model(folder / "third-expert", "gpt2", hidden_size=16, n_head=2, seed=2)
+    experts = {**RECIPE["experts"], "prose2": {"model": "third-expert", "text": "prose.txt"}}
+    result = polymerge.merge(write(folder, experts=experts, heal=None), folder / "three")
+    assert set(result.skills) == {"prose", "code", "prose2"}

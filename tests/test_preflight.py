@@ -1,0 +1,472 @@
+"""Preflight: what it tells of each difference between experts, and what it refuses before a byte is written.
+
+Several cases are merges that other tools carry out without a word, with garbage as the result: other
+tokenizers of one size, other head counts in equal shapes, other rotary bases, biases without a place, a
+result that depends on the order of a set.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer, save_tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from polymerge import plan, preflight
+from polymerge.align.heads import placement
+from polymerge.calibrate.texts import read_skill
+from polymerge.checkpoint import place
+from polymerge.errors import CheckpointError, OutputError, PreflightError, TextError
+from polymerge.model.source import Source
+from polymerge.preflight import architecture
+from polymerge.recipe import parse
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`made(name, family, **config)`: a tiny model, saved once."""
+    folder, known = tmp_path_factory.mktemp("models"), {}
+
+    def make(name, family="llama", **changes):
+        if name not in known:
+            known[name] = save_tiny_model(folder / name, family, **changes)
+        return known[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two files without a line in common."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, word in (("a", "apple"), ("b", "brick")):
+        (folder / f"{name}.txt").write_text("".join(f"{word} number {i * i}\n" for i in range(500)))
+    return folder
+
+
+@pytest.fixture
+def look(texts, tmp_path):
+    """Preflight of two experts, "a" the anchor."""
+
+    def run(a, b, *, tokenizers=None, out=None, changes=None, **keys):
+        folders = {"a": a, "b": b}
+        files = {k: str(texts / f"{k}.txt") for k in folders} | (changes or {})
+        recipe = parse({
+            "method": "fold",
+            "anchor": "a",
+            "experts": {k: {"model": str(f), "text": files[k]} for k, f in folders.items()},
+            "size": "union",
+            "fold": {"length": 32, "tokens": 640},
+            "dtype": "float32",
+            **keys,
+        })
+        sources = {k: Source(f) for k, f in folders.items()}
+        specs, sizes = ({k: getattr(s, n) for k, s in sources.items()} for n in ("spec", "parameters"))
+        shapes = plan.make(recipe, specs, sizes) if recipe.method == "fold" else None
+        skills = {k: read_skill(k, e.text) for k, e in recipe.experts.items()}
+        loaded = {k: AutoTokenizer.from_pretrained(f) for k, f in folders.items()} | (tokenizers or {})
+        return preflight.check(recipe, sources, loaded, shapes, out or tmp_path / "out", skills)
+
+    return run
+
+
+def found(report, subject):
+    """Level and text of the one finding on a subject."""
+    matches = [(f.level, f.text) for f in report.findings if f.subject == subject]
+    assert len(matches) == 1, (subject, [f.subject for f in report.findings])
+    return matches[0]
+
+
+def subjects(report):
+    return {f.subject for f in report.findings}
+
+
+def refused(error, look, *needles, **arguments):
+    with pytest.raises(error) as caught:
+        look(**arguments)
+    assert "\n" not in str(caught.value)
+    for needle in needles:
+        assert needle in str(caught.value), str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ tokenizers
+
+
+def bpe(vocabulary, merges=(), pre_tokenizer=None, **special):
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def alphabet():
+    return {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def test_same_size_other_tokens_is_refused(look, made):
+    vocabulary = alphabet()
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    other, model = bpe(vocabulary, eos_token="<|endoftext|>"), made("llama")
+    assert len(other) == len(byte_tokenizer())
+    first = min(vocabulary["a"], vocabulary["b"])
+    refused(
+        PreflightError, look, f"id {first} is 'a' and 'b'", "'a' and 'b' differ", "one tokenizer",
+        a=model, b=model, tokenizers={"b": other},
+    )  # fmt: skip
+
+
+def test_other_size_is_refused(look, made):
+    larger = bpe({**alphabet(), "ab": 256}, [("a", "b")], eos_token="<|endoftext|>")
+    model = made("wide", vocab_size=260)
+    refused(PreflightError, look, "id 256 is '<|endoftext|>' and 'ab'", "sizes 257 and 258",
+            a=model, b=model, tokenizers={"b": larger})  # fmt: skip
+
+
+def test_same_tokens_cut_in_other_places_are_refused(look, made):
+    vocabulary = {**alphabet(), "pp": 256, "ppl": 257, "pl": 258}
+    model = made("wide", vocab_size=260)
+    one = bpe(vocabulary, [("p", "p"), ("pp", "l"), ("p", "l")])
+    other = bpe(vocabulary, [("p", "l"), ("p", "p"), ("pp", "l")])
+    assert one.tokenize("apple") != other.tokenize("apple")
+    refused(
+        PreflightError, look, "same tokens, but texts are cut in other places", "ids [257, ", "and [79, 258",
+        a=model, b=model, tokenizers={"a": one, "b": other},
+    )  # fmt: skip
+
+
+def test_other_description_with_the_same_effect_is_a_warning(look, made):
+    step = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other = bpe(alphabet(), pre_tokenizer=pre_tokenizers.Sequence([step]), eos_token="<|endoftext|>")
+    level, text = found(look(made("llama"), made("llama"), tokenizers={"b": other}), "b: tokenizer")
+    assert level == "warning"
+    assert "pre_tokenizer differs" in text
+
+
+def test_other_special_roles_are_a_warning(look, made):
+    other = bpe(alphabet(), bos_token="<|endoftext|>")
+    report = look(made("llama"), made("llama"), tokenizers={"b": other})
+    notes = [f.text for f in report.of("warning") if f.subject == "b: tokenizer"]
+    assert any("eos" in note for note in notes)
+    assert "tokenizer" not in subjects(report)
+
+
+def test_beginning_of_text_is_compared(look, made):
+    other = bpe(alphabet(), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    report = look(made("llama"), made("llama"), tokenizers={"b": other})
+    told = "'b' begins every text with '<|endoftext|>', 'a' does not"
+    assert any(told in f.text for f in report.of("warning"))
+
+
+def test_padding_rows_are_told_and_needed_in_every_expert(look, made):
+    padded, plain = made("padded", vocab_size=264), made("llama")
+    assert found(look(plain, padded), "b: vocabulary") == (
+        "exact", "7 of 264 embedding rows are padding, used by no token",
+    )  # fmt: skip
+    refused(PreflightError, look, "264", "257", "set anchor: b", a=padded, b=plain)
+    look(padded, plain, method="union")
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(look, made):
+    small = made("small", vocab_size=200, eos_token_id=None)
+    refused(PreflightError, look, "257 tokens", "200 rows", a=small, b=made("llama"))
+
+
+# ---------------------------------------------------------------------------------------- architecture
+
+
+def test_equal_shapes_with_other_heads_stay_apart(look, made):
+    few = made("few", hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+    many = made("many", hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    shapes = [{n: Source(m).checkpoint.shape(n) for n in Source(m).checkpoint.names} for m in (few, many)]
+    assert shapes[0] == shapes[1]
+    report = look(few, many)
+    level, text = found(report, "a: heads")
+    assert level == "exact"
+    assert text.startswith("4 heads of size 16")
+    level, text = found(report, "b: heads")
+    assert text.startswith("8 heads of size 8")
+    assert "in heads of size 16" in text
+    assert "none are averaged" in text
+    assert found(report, "b: positions")[0] == "exact"  # every pair of 8 is one of 16
+    specs = {k: Source(m).spec for k, m in (("a", few), ("b", many))}
+    recipe = parse({"method": "fold", "anchor": "a", "size": "union",
+                    "experts": {k: {"model": "m", "text": "t"} for k in specs}})  # fmt: skip
+    target = plan.make(recipe, specs, {"a": 1, "b": 1}).shapes[0]
+    assert (target.heads, target.head_size) == (12, 16)
+
+
+@pytest.mark.parametrize("theta", [1e4, 2e4, 1e6])
+def test_other_rotary_base_is_told_with_its_drift(look, made, theta):
+    plain = made("llama")
+    other = made(f"theta{theta:g}", rope_parameters={"rope_type": "default", "rope_theta": theta})
+    level, text = found(look(plain, other), "b: positions")
+    drift = placement(Source(other).spec, Source(plain).spec).worst_angle
+    assert f"θ={theta:g} in pairs of θ=10000" in text
+    if theta == 1e4:
+        assert (level, drift) == ("exact", 0)
+    else:
+        assert level == "approximate"
+        assert drift > architecture.EXACT_DRIFT
+        assert f"{drift:.2g} radians in 64 tokens" in text
+
+
+def test_scaled_rotary_frequencies_are_told(look, made):
+    yarn = made("yarn", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                         "original_max_position_embeddings": 32})  # fmt: skip
+    report = look(made("llama"), yarn)
+    assert found(report, "b: positions")[0] == "approximate"
+    scale = Source(yarn).spec.rope_scale
+    assert scale > 1
+    level, text = found(report, "b: rope scaling")
+    assert level == "approximate"
+    assert f"{scale**-2 - 1:+.0%}" in text
+
+
+def test_biases_are_kept_or_go_through_the_constant(look, made):
+    llama, qwen2 = made("llama"), made("qwen2", "qwen2")
+    level, text = found(look(llama, qwen2), "b: biases")
+    assert level == "approximate"
+    assert "q, k, v go through a constant dimension" in text
+    assert "a llama has none there" in text
+    report = look(llama, qwen2, family="qwen2")
+    assert found(report, "b: biases") == ("exact", "q, k, v keep theirs")
+    assert "a: biases" not in subjects(report)
+    assert found(report, "family")[0] == "warning"
+
+
+def test_neox_and_gpt2_are_approximated_part_by_part(look, made):
+    report = look(made("llama"), made("gpt_neox", "gpt_neox", rotary_pct=0.5))
+    for part in ("positions", "norm", "parallel residual", "activation", "biases"):
+        assert found(report, f"b: {part}")[0] == "approximate"
+    assert "on 4 of 8 dimensions" in found(report, "b: positions")[1]
+    assert "q, k, v, o, the MLP" in found(report, "b: biases")[1]
+    assert not any(f.subject.startswith("a: ") for f in report.of("approximate"))
+    report = look(made("llama"), made("gpt2", "gpt2"))
+    assert found(report, "b: positions")[1].startswith("learned")
+    assert found(report, "b: head")[0] == "exact"  # tied
+    assert "b: parallel residual" not in subjects(report)
+
+
+def test_a_source_only_family_as_the_anchor(look, made):
+    level, text = found(look(made("gpt2", "gpt2"), made("llama")), "family")
+    assert level == "warning"
+    assert "the result is a llama; the anchor's family is gpt2" in text
+
+
+def test_query_and_key_norms_both_ways(look, made):
+    llama, qwen3 = made("llama"), made("qwen3", "qwen3")
+    assert "a llama has none" in found(look(llama, qwen3), "b: q/k norms")[1]
+    report = look(qwen3, llama)
+    assert found(report, "b: q/k norms")[0] == "approximate"
+    assert "one per layer" in found(report, "b: q/k norms")[1]
+
+
+def test_window_and_context_are_told(look, made):
+    report = look(made("llama"), made("window", "mistral", sliding_window=16, max_position_embeddings=256))
+    level, text = found(report, "b: window")
+    assert level == "approximate"
+    assert "last 16 tokens" in text
+    level, text = found(report, "b: context")
+    assert (level, text) == ("warning", "it knows 256 positions; the result states the anchor's 128")
+
+
+def test_width_is_exact_only_where_all_fits(look, made):
+    llama, neox = made("llama"), made("gpt_neox", "gpt_neox", rotary_pct=0.5)
+    assert found(look(llama, llama), "width") == ("exact", "the experts' 64 dimensions in 64")
+    level, text = found(look(llama, neox), "width")
+    assert level == "exact"
+    assert text.endswith("one of them constant")
+    assert found(look(llama, neox, size={"width": 64, "heads": 8}), "width")[0] == "approximate"
+    report = look(llama, neox, size={"params": "1x"})
+    assert found(report, "width")[0] == "approximate"
+    assert found(report, "pruning")[0] == "approximate"
+
+
+def test_grouped_heads_and_depth(look, made):
+    report = look(made("llama"), made("deep", num_hidden_layers=3, num_key_value_heads=1))
+    assert "4 heads of size 8 (1 KV)" in found(report, "b: heads")[1]
+    assert "repeated to serve 2 and not 4" in found(report, "b: heads")[1]
+    level, text = found(report, "a: depth")
+    assert (level, text) == ("exact", "2 layers, in order, in 3; it is the identity in the other 1")
+    assert found(report, "b: depth") == ("exact", "3 layers, in order, in 3")
+
+
+def test_a_deeper_expert_is_never_cut(look, made):
+    refused(PreflightError, look, "size.layers: 2", "3", a=made("llama"), b=made("deep", num_hidden_layers=3),
+            size={"params": "3x", "layers": 2})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("silu", 0), ("swish", 0), ("quick_gelu", 0), ("gelu", 0.0203), ("gelu_new", 0.0207), ("relu", 0.0349)],
+)
+def test_error_of_activations(name, error):
+    assert architecture.activation_error(name) == pytest.approx(error, abs=3e-4)
+
+
+def test_an_activation_without_a_stand_in_is_refused(look, made):
+    refused(PreflightError, look, "b: activation 'relu2'", "method: union",
+            a=made("llama"), b=made("relu2", "gpt_neox", hidden_act="relu2"))  # fmt: skip
+    look(made("llama"), made("relu2"), method="union")
+
+
+def test_odd_heads_are_refused(look, made):
+    refused(PreflightError, look, "b: head size is 7", "even",
+            a=made("llama"), b=made("odd", "gpt2", hidden_size=28))  # fmt: skip
+
+
+def test_a_union_has_no_architecture_to_explain(look, made):
+    report = look(made("llama"), made("gpt2", "gpt2"), method="union")
+    assert {f.subject for f in report.findings} == {"tokenizer", "a: union", "b: union", "licence"}
+    assert report.parameters == sum(Source(made(n)).parameters for n in ("llama", "gpt2"))
+
+
+# ------------------------------------------------------------------------------- texts, files, the output
+
+
+def test_rows_longer_than_a_context_are_refused(look, made):
+    short = made("short", "gpt2", max_position_embeddings=24)
+    refused(PreflightError, look, "fold.length: 32", "'b' knows only 24", "set fold.length: 24",
+            a=made("llama"), b=short)  # fmt: skip
+    refused(PreflightError, look, "heal.length: 64", "set heal.length: 48", a=made("llama"),
+            b=made("mid", max_position_embeddings=48), heal={"tokens": 10_000, "length": 64})  # fmt: skip
+
+
+def test_every_part_of_a_text_must_give_a_row(look, made, tmp_path):
+    (tmp_path / "little.txt").write_text("".join(f"line {i} of a little text\n" for i in range(60)))
+    model = made("long", max_position_embeddings=512)
+    refused(TextError, look, "text of 'b'", "part: the text gives", "one row needs 300", "add text",
+            a=model, b=model, changes={"b": str(tmp_path / "little.txt")}, fold={"length": 300})  # fmt: skip
+
+
+def test_less_text_than_asked_for_is_a_warning(look, made):
+    level, text = found(look(made("llama"), made("llama"), fold={"length": 32, "tokens": "1M"}), "b: text")
+    assert level == "warning"
+    assert "fold.tokens asks for 1,000,000" in text
+
+
+def test_a_leak_between_skills_is_a_warning(look, made, texts, tmp_path):
+    skill = read_skill("a", [texts / "a.txt"])
+    copied = [json.dumps({"text": document}) for document in skill.test + skill.validation]
+    (tmp_path / "copied.jsonl").write_text("\n".join(copied))
+    report = look(made("llama"), made("llama"), changes={"b": str(tmp_path / "copied.jsonl")})
+    leaks = [f.text for f in report.of("warning") if f.subject == "a: text" and "look too good" in f.text]
+    assert len(leaks) == 1
+    assert f"of its {len(skill.test)} test documents are calibration or validation text of 'b'" in leaks[0]
+    assert not any("look too good" in f.text for f in look(made("llama"), made("llama")).findings)
+
+
+def test_licences(look, tmp_path):
+    stated = "---\nlicense: mit\n---\n"
+    cards = {"a": f"{stated}# A", "b": stated, "c": "no front matter", "d": "---\n: [\n---\n"}
+    folders = {k: save_tiny_model(tmp_path / k) for k in cards}
+    for name, card in cards.items():
+        (folders[name] / "README.md").write_text(card)
+    assert found(look(folders["a"], folders["b"]), "licence") == ("exact", "mit, as all experts state")
+    for other in ("c", "d"):
+        level, text = found(look(folders["a"], folders[other]), "licence")
+        assert level == "warning"
+        assert text.startswith("a mit, b states none")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(look, made, tmp_path, value):
+    bad = save_tiny_model(tmp_path / "bad")
+    weights = load_file(bad / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 5] = value
+    save_file(weights, bad / "model.safetensors")
+    refused(CheckpointError, look, name, str(bad), a=made("llama"), b=bad)
+
+
+def test_output_is_looked_at_first(look, made, tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("x")
+    refused(OutputError, look, str(taken), "not empty", a=made("llama"), b=made("llama"), out=taken)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage)
+    refused(OutputError, look, "1.0 kB free", a=made("llama"), b=made("llama"))
+
+
+def test_nothing_is_written_and_nothing_touched(look, made, tmp_path):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(made("llama").iterdir())}
+    look(made("llama"), made("gpt2", "gpt2"))
+    assert list(tmp_path.iterdir()) == []
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(made("llama").iterdir())}
+
+
+# ------------------------------------------------------------------------------------------- the report
+
+
+def test_report_is_plain_data_and_readable(look, made):
+    report = look(made("llama"), made("gpt2", "gpt2"), size={"params": "1.5x"}, dtype="bfloat16")
+    largest = max(Source(made(n)).parameters for n in ("llama", "gpt2"))
+    assert report.parameters <= 1.5 * largest
+    summary = json.loads(json.dumps(report.summary()))
+    assert set(summary) == {"findings", "parameters", "memory_bytes", "disk_bytes", "seconds", "sources"}
+    assert report.disk_bytes > 2 * report.parameters
+    text = str(report)
+    for finding in report.findings:
+        assert finding.text in text
+    assert "llama" in report.sources["a"]
+    assert text.index("look at this first") < text.index("approximated") < text.index("exact counterpart")
+    assert found(report, "a: dtype") == ("approximate", "float32 in the expert, bfloat16 in the result")
+
+
+def test_cost_grows_with_what_is_asked(look, made):
+    small = look(made("llama"), made("gpt2", "gpt2"))
+    asked = {"heal": {"tokens": "1M", "length": 32}, "fold": {"length": 32, "tokens": "1M"}}
+    more = look(made("llama"), made("gpt2", "gpt2"), **asked)
+    assert more.seconds > 3 * small.seconds
+    assert more.memory_bytes > small.memory_bytes
+    assert more.disk_bytes == small.disk_bytes
+
+
+ONCE = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+from transformers import AutoTokenizer
+from polymerge import plan, preflight
+from polymerge.calibrate.texts import read_skill
+from polymerge.model.source import Source
+from polymerge.recipe import parse
+
+torch.set_num_threads(1)
+names, folder = sys.argv[1:4], Path(sys.argv[4])
+recipe = parse({"method": "fold", "anchor": "a", "fold": {"length": 32}, "experts": {
+    k: {"model": m, "text": str(folder / f"{t}.txt")} for k, m, t in zip("abc", names, "aba")}})
+sources = {k: Source(e.model) for k, e in recipe.experts.items()}
+tokenizers = {k: AutoTokenizer.from_pretrained(s.path) for k, s in sources.items()}
+specs, sizes = ({k: getattr(s, n) for k, s in sources.items()} for n in ("spec", "parameters"))
+shapes = plan.make(recipe, specs, sizes)
+texts = {k: read_skill(k, e.text) for k, e in recipe.experts.items()}
+print(replace(preflight.check(recipe, sources, tokenizers, shapes, None, texts), seconds=0.0), shapes.shapes)
+"""
+
+
+def test_report_does_not_depend_on_the_hash_seed(made, texts):
+    paths = [made("llama"), made("theta1e+06", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+             made("gpt_neox", "gpt_neox", rotary_pct=0.5)]  # fmt: skip
+    source = str(Path(preflight.__file__).parents[2])
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONCE, *map(str, paths), str(texts)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for seed in ("0", "1")
+    ]  # fmt: skip
+    one, other = (run.communicate(timeout=120) for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], (one[1], other[1])
+    assert one[0] == other[0]
+    assert "c: parallel residual" in one[0]

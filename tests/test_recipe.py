@@ -1,0 +1,135 @@
+"""Recipes: what a file may say, and the one line that answers what it may not."""
+
+from pathlib import Path
+
+import pytest
+
+from polymerge import recipe as recipes
+from polymerge.errors import RecipeError
+from polymerge.heal import Heal
+from polymerge.recipe import Budget, Size, parse, read
+
+TEXT = """\
+method: fold
+anchor: prose
+experts:
+  prose: {model: experts/prose, text: [text/prose.txt]}
+  code:  {model: experts/code, text: text/code.txt, field: body}
+size: {params: 1.5x}
+heal: {tokens: 400k, lr: 1e-4}
+fold: {tokens: 32k, ridge: 1e-3}
+dtype: bfloat16
+seed: 3
+"""
+
+
+def data(**changes):
+    plain = {
+        "method": "fold",
+        "anchor": "a",
+        "experts": {"a": {"model": "a", "text": ["a.txt"]}, "b": {"model": "b", "text": ["b.txt"]}},
+    }
+    return {**plain, **changes}
+
+
+def test_a_whole_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    recipe, text = read(path)
+    assert text == TEXT
+    assert list(recipe.experts) == ["prose", "code"]  # the order of the file
+    assert recipe.experts["prose"].model == tmp_path / "experts/prose"
+    assert recipe.experts["code"].text == [tmp_path / "text/code.txt"]
+    assert recipe.experts["code"].field == "body"
+    assert recipe.size == Size(params=Budget(times=1.5))
+    assert recipe.heal == Heal(tokens=400_000, lr=1e-4)  # YAML reads 1e-4 as text
+    assert (recipe.fold.tokens, recipe.fold.ridge, recipe.seed) == (32_000, 1e-3, 3)
+
+
+def test_absolute_paths_stay(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT.replace("experts/prose", "/elsewhere/prose"))
+    assert read(path)[0].experts["prose"].model == Path("/elsewhere/prose")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("400k", 400_000), ("1.5M", 1_500_000), ("2b", 2 * 10**9), ("1_000", 1000), (7, 7), ("7", 7)],
+)
+def test_counts(value, expected):
+    assert recipes.count(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1x", 1000), ("1.5x", 1500), (" 2X ", 2000), ("900k", 900_000), (12, 12)]
+)
+def test_budgets(value, expected):
+    assert recipes.budget(value).resolve(1000) == expected
+
+
+def test_union_is_a_size():
+    assert parse(data(size="union")).size == "union"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sise": 1}, "sise: unknown key; did you mean 'size'? known: anchor, dtype"),
+        ({"fold": {"densty": 0.5}}, "fold.densty: unknown key"),
+        ({"fold": {"rigde": 0.5}}, "fold.rigde: unknown key; did you mean 'ridge'?"),
+        ({"union": {"alhpa": 0.5}}, "union.alhpa: unknown key; did you mean 'alpha'?"),
+        ({"heal": {"tokns": 5}}, "key 'tokns'; did you mean 'tokens'?"),
+        ({"size": {"widht": 5}}, "size.widht: unknown key; did you mean 'width'?"),
+        ({"experts": {"a": {"modle": "a", "text": ["t"]}}}, "experts.a.model: Field required"),
+        ({"method": "flod"}, "no method 'flod'; did you mean 'fold'?"),
+        ({"anchor": "c"}, "anchor: 'c' is not among the experts (a, b)"),
+        ({"experts": {}}, "experts: "),
+        ({"experts": {"a": {"model": "a", "text": []}}}, "experts.a.text: "),
+        ({"size": {"params": "1.5y"}}, "size.params: '1.5y' is not a count"),
+        ({"size": {"params": "x"}}, "size.params: 'x' is not a multiple"),
+        ({"size": {"params": "0x"}}, "size.params: '0x': a model needs more than no parameters"),
+        ({"size": {"params": -1}}, "size.params: -1 is neither a multiple"),
+        ({"size": {"width": 0}}, "size.width: "),
+        ({"fold": {"length": 4}}, "fold.length: "),
+        ({"fold": {"tokens": "many"}}, "fold.tokens: 'many' is not a count"),
+        ({"heal": {"lr": -1}}, "lr"),
+        ({"union": {"alpha": 1}}, "union.alpha: "),
+        ({"dtype": "int8"}, "dtype: "),
+        ({"seed": -1}, "seed: "),
+    ],
+)
+def test_refused_with_one_line(changes, message):
+    with pytest.raises(RecipeError) as caught:
+        parse(data(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("recipe: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "expected keys such as method, anchor, experts; found NoneType"),
+        ("- a\n", "found list"),
+        ("method: [\n", "not YAML"),
+        (TEXT + "seed: 4\n", "key 'seed' is given twice"),
+        ("method: !!python/object/apply:os.getcwd []\n", "not YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_or_binary_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"absent\.yaml: no such recipe"):
+        read(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"binary\.yaml: cannot be read as a text file"):
+        read(tmp_path / "binary.yaml")
+    with pytest.raises(RecipeError, match="cannot be read as a text file"):
+        read(tmp_path)
