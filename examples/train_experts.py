@@ -228,9 +228,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     model = build(expert)
     if expert.dropout:
         add_dropout(model, expert.dropout)
-    print(
-        f"{name}: {sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} tokens to read"
-    )
+    print(f"{name}: {sum(w.numel() for w in model.parameters()):,} parameters, {len(tokens):,} tokens to read")
     optimizer = optimizer_for(model, expert.rate)
     generator = torch.Generator().manual_seed(0)
     journal = Journal(options.log or LOGS / f"{name}.jsonl")
@@ -317,19 +315,13 @@ def report(folders: list[Path]) -> None:
 
 def main() -> None:
     """Read the command line and do what it names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["all", "report", *SHORT, *EXPERTS])
     parser.add_argument("--minutes", type=float, default=20, help="CPU minutes for each expert")
-    parser.add_argument(
-        "--out", type=Path, help="folder of the experts; the shipped ones go into the package"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the experts; the shipped ones go into the package")
     parser.add_argument("--log", type=Path, help="JSONL file; by default examples/logs/NAME.jsonl")
     parser.add_argument("--rate", type=float, help="peak learning rate")
-    parser.add_argument(
-        "--snapshots", type=Path, help="save the unfinished model below here every four minutes"
-    )
+    parser.add_argument("--snapshots", type=Path, help="save the unfinished model below here every four minutes")
     options = parser.parse_args()
     if options.what == "all":
         rest = [argument for argument in sys.argv[1:] if argument != "all"]

@@ -53,6 +53,15 @@ def test_other_bases_are_placed_approximately_and_say_so():
     assert placement(spec(8, theta=500.0), spec(8)).worst_angle > 0.1
 
 
+def test_scaled_rotation_keeps_its_scores():
+    small = spec(8, rope_scale=1.3)
+    place = placement(small, spec(8))
+    q, k, v = (torch.randn(2, 5, 2, 8, dtype=torch.float64) for _ in range(3))
+    plain = decoder.attend(small, *(x.flatten(-2) for x in (q, k, v)))
+    moved = decoder.attend(spec(8), *(place.place(x, value=x is v).flatten(-2) for x in (q, k, v)))
+    torch.testing.assert_close(moved, plain, atol=1e-6, rtol=0)
+
+
 def test_groups_expand_to_the_common_ratio():
     x = torch.arange(2.0)[None, :, None].expand(1, 2, 4)
     assert expand_groups(x, 4, 2)[0, :, 0].tolist() == [0, 0, 1, 1]

@@ -339,9 +339,7 @@ class Interrupts:
 HEALED = changed(heal={"tokens": 1280, "length": 16, "batch_rows": 4})
 
 
-@pytest.mark.parametrize(
-    ("stage", "steps"), [("preflight", 0), ("experts", 1), ("fold", 1), ("fold", 3), ("heal", 2)]
-)
+@pytest.mark.parametrize(("stage", "steps"), [("preflight", 0), ("experts", 1), ("fold", 1), ("fold", 3), ("heal", 2)])
 def test_ctrl_c(here, stage, steps):
     interrupts = Interrupts(stage, steps)
     refused(here, KeyboardInterrupt, recipe=HEALED, out=here / "new/out", progress=interrupts)

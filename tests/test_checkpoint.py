@@ -101,9 +101,7 @@ def test_unknown_tensor_suggests(tmp_path, save_model):
 
 
 def test_suggestion_sentence():
-    assert unknown("method", "tiees", ["ties", "dare"]) == (
-        "no method 'tiees'; did you mean 'ties'? known: dare, ties"
-    )
+    assert unknown("method", "tiees", ["ties", "dare"]) == ("no method 'tiees'; did you mean 'ties'? known: dare, ties")
     assert unknown("method", "zzz", ["ties"]) == "no method 'zzz'; known: ties"
 
 

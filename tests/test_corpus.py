@@ -84,9 +84,7 @@ def test_docstrings_are_dedented_long_and_mostly_prose() -> None:
         + "word " * 12
         + "end."
     )
-    examples = (
-        "Double a number; this text is certainly long enough to be taken.\n" + "    >>> f(1)\n    2\n" * 8
-    )
+    examples = "Double a number; this text is certainly long enough to be taken.\n" + "    >>> f(1)\n    2\n" * 8
     source = f'def f():\n    """{prose}"""\ndef g():\n    """{examples}"""\ndef h():\n    """Short."""\n'
     assert docstrings(source) == [prose.replace("\n    ", "\n")]
 
@@ -118,9 +116,7 @@ def test_no_domain_trains_on_a_held_out_module() -> None:
     """A held-out module's docstrings, cut out of its code, are not in the prose that is trained on."""
     seen = frozenset(paragraph for text in corpus("prose", "train") for paragraph in paragraphs(text))
     held_out = [source for _, source in module._sources("heldout")]
-    found = [
-        paragraph for source in held_out for text in docstrings(source) for paragraph in paragraphs(text)
-    ]
+    found = [paragraph for source in held_out for text in docstrings(source) for paragraph in paragraphs(text)]
     assert len(found) > 500
     assert [paragraph for paragraph in found if paragraph in seen] == []
 
@@ -150,6 +146,4 @@ def test_shipped_expert(name: str) -> None:
 
 
 def test_shipped_experts_share_one_tokenizer() -> None:
-    assert (
-        len({(EXPERTS / name / "tokenizer.json").read_bytes() for name in ("prose-llama", "code-neox")}) == 1
-    )
+    assert len({(EXPERTS / name / "tokenizer.json").read_bytes() for name in ("prose-llama", "code-neox")}) == 1

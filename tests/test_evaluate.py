@@ -157,8 +157,7 @@ def test_evaluate_a_folder(tmp_path, save_model, sums):
 def test_split_test_is_a_tenth_of_all(tmp_path, save_model, sums):
     folder = save_model(tmp_path / "m")
     (test,), (whole,) = (
-        evaluate(folder, {"s": [sums]}, split=split, length=16, max_new_tokens=1).values()
-        for split in ("test", "all")
+        evaluate(folder, {"s": [sums]}, split=split, length=16, max_new_tokens=1).values() for split in ("test", "all")
     )
     assert test["bytes"] / whole["bytes"] == pytest.approx(0.1, abs=0.02)
     with pytest.raises(ValueError, match="expected 'test' or 'all'"):
@@ -172,10 +171,7 @@ def test_texts_are_read_before_the_model(tmp_path):
 
 def test_rows_fit_the_context(tmp_path, save_model, sums):
     folder = save_model(tmp_path / "m", "gpt2")  # learned positions: a row above 128 tokens would crash
-    assert (
-        evaluate(folder, {"s": [sums]}, length=512, limit=1, max_new_tokens=1, split="all")["s"]["tokens"]
-        == 127
-    )
+    assert evaluate(folder, {"s": [sums]}, length=512, limit=1, max_new_tokens=1, split="all")["s"]["tokens"] == 127
 
 
 @pytest.fixture

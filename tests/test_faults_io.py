@@ -80,9 +80,7 @@ def test_index_not_there_yet(sharded):
 def test_half_downloaded_shards(sharded):
     gone = Checkpoint(sharded).weight_files()[1]
     gone.unlink()
-    refuses(
-        sharded, f"names {gone.name}, which is missing .1 of . shards absent.: the download is incomplete"
-    )
+    refuses(sharded, f"names {gone.name}, which is missing .1 of . shards absent.: the download is incomplete")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 200, -1])

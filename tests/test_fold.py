@@ -116,7 +116,10 @@ def test_permuting_the_neurons_of_an_expert_changes_nothing(save_model, tmp_path
 
 
 def test_a_larger_target_folds_better(save_model, tmp_path):
-    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "gpt_neox", num_hidden_layers=1)]
+    pair = [
+        expert(save_model, tmp_path / "a"),
+        expert(save_model, tmp_path / "b", "gpt_neox", num_hidden_layers=1),
+    ]
     data, losses = texts(2), []
     for width, heads, mlp in ((16, 2, 16), (32, 4, 48), (64, 8, 112)):
         family, (target,) = shape(pair, width=width, heads=heads, mlp=mlp)
@@ -142,7 +145,10 @@ def test_every_family_folds_into_every_target(source_family, target_family, save
     from polymerge.checkpoint.writer import CheckpointWriter
     from polymerge.model.target import hf_config, sink, write_config
 
-    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", source_family, num_hidden_layers=1)]
+    pair = [
+        expert(save_model, tmp_path / "a"),
+        expert(save_model, tmp_path / "b", source_family, num_hidden_layers=1),
+    ]
     data = texts(2, rows=60)
     family, (target,) = shape(pair, target_family)
     logits, _, weights = folded_logits(pair, family, target, data, Knobs())
@@ -161,7 +167,10 @@ def test_every_family_folds_into_every_target(source_family, target_family, save
 
 
 def test_layers_where_an_expert_is_absent_and_spare_units_are_filled(save_model, tmp_path):
-    pair = [expert(save_model, tmp_path / "a", num_hidden_layers=3), expert(save_model, tmp_path / "b", num_hidden_layers=1)]
+    pair = [
+        expert(save_model, tmp_path / "a", num_hidden_layers=3),
+        expert(save_model, tmp_path / "b", num_hidden_layers=1),
+    ]
     data = texts(2)
     family, (target,) = shape(pair, width=64, heads=8, mlp=128)
     logits, _, weights = folded_logits(pair, family, target, data, Knobs())
@@ -191,7 +200,9 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
     assert {t["ridge"] for t in trials} == {1e-3}
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("silu", 1e-12), ("gelu", 0.021), ("gelu_new", 0.021), ("relu", 0.036)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("silu", 1e-12), ("gelu", 0.021), ("gelu_new", 0.021), ("relu", 0.036)]
+)
 def test_plain_units_as_gated_units(name, tolerance):
     z = torch.linspace(-8, 8, 2001, dtype=torch.float64)
     gate, up = as_gated(name, None, z)

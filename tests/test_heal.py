@@ -42,9 +42,7 @@ def model(seed, family="llama", **changes):
 def text(seed, start, count):
     """Rows of the bytes from `start` on: two skills that share no token."""
     generator = torch.Generator().manual_seed(seed)
-    return Rows(
-        start + torch.randint(0, 64, (count, FAST.length), generator=generator), count * (FAST.length - 1)
-    )
+    return Rows(start + torch.randint(0, 64, (count, FAST.length), generator=generator), count * (FAST.length - 1))
 
 
 @pytest.fixture
@@ -195,9 +193,7 @@ class Interrupt:
 @pytest.mark.parametrize("at", [1, 2, 3, 9, 17, 28])
 def test_interrupted_and_resumed_gives_the_same_bytes(case, tmp_path, at):
     student, teachers, rows, validation = case
-    settings = replace(
-        FAST, lr=3e-2, tokens=20 * 6 * 16, batch_rows=5
-    )  # back-offs and remainders are crossed too
+    settings = replace(FAST, lr=3e-2, tokens=20 * 6 * 16, batch_rows=5)  # back-offs and remainders are crossed too
     whole = heal(student, teachers, rows, validation, settings, out=tmp_path / "whole")
     parts, folder = model(5), tmp_path / "parts"
     handle = parts.register_forward_pre_hook(Interrupt(at))

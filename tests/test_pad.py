@@ -112,9 +112,7 @@ def test_float32_is_exact_to_its_precision(tmp_path):
     anchor = Source(tmp_path)
     model = padded(anchor, larger(anchor.spec, 2))
     expected = anchor.logits(TOKENS)
-    torch.testing.assert_close(
-        model.logits(TOKENS), expected, atol=2e-6 * float(expected.abs().max()), rtol=0
-    )
+    torch.testing.assert_close(model.logits(TOKENS), expected, atol=2e-6 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -21,8 +21,8 @@ from transformers import (
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods.union import MODELING_FILE, build_union, stored_names, union_config
 from polymerge.methods._union_modeling import BayesGate, UnionCache, UnionConfig, UnionForCausalLM
+from polymerge.methods.union import MODELING_FILE, build_union, stored_names, union_config
 
 V = 40
 LLAMA = {
@@ -140,9 +140,7 @@ def test_gate_follows_the_formula(alpha):
     """The vectorised gate against the definition, one token at a time in probability space."""
     models, ids = trio(), tokens(2, 15)
     union = UnionForCausalLM.from_experts(models, prior=[0.6, 0.3, 0.1], alpha=alpha)
-    p = torch.stack(
-        [m(ids).logits.softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] for m in models], -1
-    )
+    p = torch.stack([m(ids).logits.softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] for m in models], -1)
     w = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).expand(2, 3)
     rows = [w]
     for t in range(14):
@@ -233,9 +231,7 @@ def test_cached_forward_in_pieces_is_the_whole():
     torch.testing.assert_close(torch.cat(weights, 1), whole.gate_weights)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_beams": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_beams": 2}])
 @pytest.mark.parametrize("alpha", [0.0, 0.02])
 def test_cached_and_uncached_generation_are_identical(options, alpha):
     union = UnionForCausalLM.from_experts([*trio(), expert("mistral", 4)], alpha=alpha)
@@ -243,9 +239,7 @@ def test_cached_and_uncached_generation_are_identical(options, alpha):
     runs = []
     for use_cache in (True, False):
         torch.manual_seed(5)
-        runs.append(
-            union.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=use_cache, **options)
-        )
+        runs.append(union.generate(ids, attention_mask=mask, max_new_tokens=12, use_cache=use_cache, **options))
     assert torch.equal(*runs)
     assert runs[0].shape == (3, 22)
 
@@ -263,10 +257,7 @@ def test_generation_of_a_padded_row_is_that_of_the_row_alone():
 def test_prefill_in_chunks():
     union = UnionForCausalLM.from_experts(trio(), alpha=0.02)
     ids, mask = padded(3, 10)
-    out = [
-        union.generate(ids, attention_mask=mask, max_new_tokens=8, prefill_chunk_size=size)
-        for size in (None, 4)
-    ]
+    out = [union.generate(ids, attention_mask=mask, max_new_tokens=8, prefill_chunk_size=size) for size in (None, 4)]
     assert torch.equal(*out)
 
 
@@ -279,9 +270,7 @@ def test_generation_goes_on_from_a_returned_cache():
     again = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
     mask = torch.ones_like(again)
     fresh = union.generate(again, attention_mask=mask, max_new_tokens=4)
-    went_on = union.generate(
-        again, attention_mask=mask, max_new_tokens=4, past_key_values=first.past_key_values
-    )
+    went_on = union.generate(again, attention_mask=mask, max_new_tokens=4, past_key_values=first.past_key_values)
     assert torch.equal(fresh, went_on)
 
 
@@ -427,9 +416,7 @@ def test_rows_of_a_cache_with_sleepers_can_be_picked():
         assert max(cache.lag) > 0
         getattr(cache, change)(order)
         picked = union(tokens(3, 2), past_key_values=cache, use_cache=True).logits
-        whole = UnionForCausalLM.from_experts(models, alpha=0.01)(
-            torch.cat([ids[order], tokens(3, 2)], 1)
-        ).logits
+        whole = UnionForCausalLM.from_experts(models, alpha=0.01)(torch.cat([ids[order], tokens(3, 2)], 1)).logits
         torch.testing.assert_close(picked, whole[:, -2:])
 
 
@@ -516,9 +503,7 @@ def test_save_and_reload_again(tmp_path):
     families = ["gpt_neox", "llama-tied", "gpt2"]
     for family in families:
         saved(tmp_path, family)
-    union = load(
-        built(tmp_path, tmp_path / "out", families, alpha=0.02, prior=dict.fromkeys(families, 1 / 3))
-    )
+    union = load(built(tmp_path, tmp_path / "out", families, alpha=0.02, prior=dict.fromkeys(families, 1 / 3)))
     union.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     assert torch.equal(again(tokens()).logits, union(tokens()).logits)

@@ -87,9 +87,7 @@ def metaspace(size: int = 500, *, prepend: bool = False) -> PreTrainedTokenizerF
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     split = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     backend.pre_tokenizer = split
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIALS, limit_alphabet=60, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS, limit_alphabet=60, show_progress=False)
     backend.train_from_iterator(TRAINING, trainer)
     learned = json.loads(backend.to_str())["model"]
     names = sorted(learned["vocab"], key=learned["vocab"].get)
@@ -108,9 +106,7 @@ def metaspace(size: int = 500, *, prepend: bool = False) -> PreTrainedTokenizerF
 def unigram(*, fallback: bool = True) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(PROSE.splitlines(), trainer)
     if fallback:
         vocab = json.loads(backend.to_str())["model"]["vocab"]
@@ -124,9 +120,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[UNK]", "[PAD]"], show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", "[PAD]"], show_progress=False)
     backend.train_from_iterator(TRAINING, trainer)
     return fast(backend, unk_token="[UNK]", pad_token="[PAD]")
 
@@ -151,15 +145,11 @@ ANY_TEXT = st.lists(
     st.one_of(
         st.text(st.characters(codec="utf-8"), max_size=12),
         st.sampled_from([t for t in TEXTS if t]),
-        st.sampled_from(
-            [" ", "  ", "\n    ", "\t", "7", "1234", "\u0301", "\u200d", "\x00", "👩‍👧", "▁", "ß"]
-        ),
+        st.sampled_from([" ", "  ", "\n    ", "\t", "7", "1234", "\u0301", "\u200d", "\x00", "👩‍👧", "▁", "ß"]),
     ),
     max_size=8,
 ).map("".join)
-LIGHT = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+LIGHT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 # ---- bytes of tokens
@@ -710,9 +700,7 @@ def test_shared_models(assets: Any, name: str) -> None:
 
 def test_shared_models_differ(assets: Any) -> None:
     folder = assets / "models"
-    a, b = (
-        PreTrainedTokenizerFast.from_pretrained(folder / n) for n in ("llama-stories260K", "llama-xs279K")
-    )
+    a, b = (PreTrainedTokenizerFast.from_pretrained(folder / n) for n in ("llama-stories260K", "llama-xs279K"))
     assert len(a) == len(b)
     found = same_vocabulary(a, b)
     same_ids = a.get_vocab() == b.get_vocab()

@@ -39,9 +39,7 @@ def __getattr__(name: str) -> Any:
 
         return version("polymerge")
     if name not in _WHERE:
-        raise AttributeError(
-            f"module 'polymerge' has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
+        raise AttributeError(f"module 'polymerge' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module, attribute = _WHERE[name]
     return getattr(importlib.import_module(f"polymerge.{module}"), attribute)
 

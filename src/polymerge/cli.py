@@ -75,14 +75,10 @@ def _main(
     )
 )
 def merge(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file; its paths are relative to itself.")
-    ],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; its paths are relative to itself.")],
     out: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", help="Folder of the result: absent or empty; appears whole or not at all."
-        ),
+        typer.Argument(metavar="OUT", help="Folder of the result: absent or empty; appears whole or not at all."),
     ],
     *,
     dry_run: Annotated[
@@ -102,9 +98,7 @@ def merge(
     no_loading_bars()
     kept = f"nothing was written to {out}; the same command goes on from {work}" if work else NOTHING
     with interruptible(kept), bars.choose(quiet=quiet or as_json) as listener:
-        result = polymerge.merge(
-            recipe, out, device=device.value, dry_run=dry_run, work=work, progress=listener
-        )
+        result = polymerge.merge(recipe, out, device=device.value, dry_run=dry_run, work=work, progress=listener)
     if as_json:
         print_json(result.summary())
         return
@@ -167,9 +161,7 @@ def evaluate(
     for item in text:
         name, equals, file = item.partition("=")
         if not (name and equals and file):
-            raise typer.BadParameter(
-                f"{item!r}: expected NAME=FILE, such as code=text/code.txt", param_hint="--text"
-            )
+            raise typer.BadParameter(f"{item!r}: expected NAME=FILE, such as code=text/code.txt", param_hint="--text")
         texts.setdefault(name, []).append(Path(file))
     import polymerge
 
@@ -208,9 +200,9 @@ def families(*, as_json: Json = False) -> None:
 
 @app.command(epilog="[bold]Example[/]\n\n[cyan]polymerge demo out/demo[/]")
 def demo(
-    out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="Folder for texts, recipe, model and report.")
-    ] = Path("out/demo"),
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="Folder for texts, recipe, model and report.")] = Path(
+        "out/demo"
+    ),
     *,
     device: OnDevice = Device.auto,
     as_json: Json = False,
@@ -237,9 +229,7 @@ def report(
     summary: Annotated[
         Path, typer.Argument(metavar="SUMMARY", help="A summary.json, as `polymerge merge --json` prints it.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The HTML page to write.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The HTML page to write.")] = Path("report.html"),
 ) -> None:
     """Draw the page of figures of a finished merge."""
     from polymerge.report import html

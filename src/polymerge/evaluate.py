@@ -104,9 +104,7 @@ def load_for_evaluation(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=own)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: transformers cannot load it ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{path}: transformers cannot load it ({str(error).splitlines()[0]})") from error
     return model.to(device).eval(), load_tokenizer(Path(path))
 
 

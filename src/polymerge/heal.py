@@ -82,9 +82,7 @@ class Heal:
         # A step costs a forward and a backward pass, about three of the forward passes that measuring takes.
         affordable = validation_tokens / (_EVALUATION_SHARE * 3 * self.batch_rows * self.length)
         about = max(1, math.ceil(affordable), min(25, self.steps // 8))
-        return math.ceil(
-            self.steps / max(1, self.steps // about)
-        )  # even, so that none falls just before the end
+        return math.ceil(self.steps / max(1, self.steps // about))  # even, so that none falls just before the end
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

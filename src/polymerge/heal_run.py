@@ -146,9 +146,7 @@ class Run:
         self.scale, self.bad, self.backoffs, self.event = self.scale / 2, 0, self.backoffs + 1, "back-off"
         if self.backoffs == _BACKOFFS:
             rate = self.scale * self.settings.lr
-            self.stopped = (
-                f"stopped at step {self.step}: it only got worse, down to a learning rate of {rate:.1e}"
-            )
+            self.stopped = f"stopped at step {self.step}: it only got worse, down to a learning rate of {rate:.1e}"
 
     def _fault(self) -> None:
         self._restore()

@@ -56,9 +56,7 @@ class Folder:
             if theirs.get(n) != self.inputs.get(n)
         ]
         if differing:
-            raise OutputError(
-                f"{file}: of a run with another {', '.join(differing)}; {advice}, or give the former"
-            )
+            raise OutputError(f"{file}: of a run with another {', '.join(differing)}; {advice}, or give the former")
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ Nothing is written before preflight passes; `out` appears whole or not at all. W
 interrupted and called again: a finished fold is not repeated, healing goes on where it stopped.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,8 @@ from polymerge import heal as healing
 from polymerge import plan as planning
 from polymerge import preflight, record
 from polymerge.calibrate.calibration import Calibration, gather
-from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
+from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
@@ -104,7 +103,9 @@ def merge(
         tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
         skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
         sizes = {k: s.parameters for k, s in sources.items()}
-        shapes = planning.make(recipe, {k: s.spec for k, s in sources.items()}, sizes) if recipe.method == "fold" else None
+        shapes = (
+            planning.make(recipe, {k: s.spec for k, s in sources.items()}, sizes) if recipe.method == "fold" else None
+        )
         report = preflight.check(recipe, sources, tokenizers, shapes, out, skills)
         result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
         if dry_run:
@@ -127,7 +128,10 @@ def merge(
             record.finish(writer, recipe, text, sources, skills, calibration, result)
         result.out = out
     result.seconds, result.cpu_seconds, result.peak_bytes = clock.seconds, clock.cpu_seconds, peak_bytes()
-    result.seconds["total"], result.cpu_seconds["total"] = sum(clock.seconds.values()), sum(clock.cpu_seconds.values())
+    result.seconds["total"], result.cpu_seconds["total"] = (
+        sum(clock.seconds.values()),
+        sum(clock.cpu_seconds.values()),
+    )
     return result
 
 
@@ -173,7 +177,11 @@ def merge_fold(
             write_config(temporary, hf_config(family, done.target, anchor), torch.float32)
             record.save_fold(temporary, done, key)
     result.parameters = planning.parameters(family, done.target)
-    result.shape, result.knobs, result.knob_trials = record.shape(done.target), asdict(done.knobs), done.trials
+    result.shape, result.knobs, result.knob_trials = (
+        record.shape(done.target),
+        asdict(done.knobs),
+        done.trials,
+    )
     student, device, dtype = load_student(folder), anchor.device, getattr(torch, recipe.dtype)
     with clock("evaluate"):
         progress.stage("test", len(test))
@@ -220,7 +228,10 @@ def calibrate(
     fitted = rows_of(skills, "calibration", tokenizer, length, max(1, recipe.fold.tokens // length))
     held_out = rows_of(skills, "validation", tokenizer, length, VALIDATION_ROWS)
     return gather(
-        list(fitted.values()), list(held_out.values()), list(sources.values()), gate=recipe.fold.ownership == "gate"
+        list(fitted.values()),
+        list(held_out.values()),
+        list(sources.values()),
+        gate=recipe.fold.ownership == "gate",
     )
 
 
@@ -252,7 +263,8 @@ def measure_experts(
         after = gate.scan(start, evidence, torch.ones(evidence.shape[:2], dtype=torch.bool))
         mixture = (torch.cat([start[:, None], after[:, :-1]], dim=1) + evidence).logsumexp(-1)
         table[skill] = {
-            "owner": alone[skill], "union": float(mixture.sum()) * per_byte, "fold": None, "healed": None, "experts": alone,
+            "owner": alone[skill], "union": float(mixture.sum()) * per_byte, "fold": None, "healed": None,
+            "experts": alone,
         }  # fmt: skip
     return table
 
@@ -265,7 +277,7 @@ def load_expert(source: Source) -> Any:
 
 
 def pick_device(name: str) -> str:
-    """"auto" is a CUDA GPU when there is one."""
+    """Resolve "auto": a CUDA GPU when there is one."""
     from polymerge.errors import PreflightError
 
     if name == "auto":

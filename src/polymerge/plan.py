@@ -1,6 +1,7 @@
 """The shape of the result: which decoder of the target family has the size asked for.
 
-Layers, head size and KV-group ratio follow from the experts; a parameter budget leaves the width of the residual stream
+Layers, head size and KV-group ratio follow from the experts; a parameter budget leaves the width of the
+residual stream
 free, and with it how much is left for heads and neurons. `shapes` lists the candidates; which one keeps most skill is
 measured on calibration text (`methods/fold.py`).
 """
@@ -32,7 +33,10 @@ def parameters(family: Family, spec: Spec) -> int:
     """Parameters of a model, from its family's table."""
     sizes = spec.sizes()
     per_row = [
-        (math.prod(sizes[a] for a in row.axes.replace("(", " ").replace(")", " ").split()), "{layer}" in row.name)
+        (
+            math.prod(sizes[a] for a in row.axes.replace("(", " ").replace(")", " ").split()),
+            "{layer}" in row.name,
+        )
         for row in family.tensors
         if row.when is None or row.when in spec.features
     ]
@@ -61,9 +65,14 @@ def make(recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, in
         return Plan(family, (_explicit(family, base, experts, size),), None)
     largest = max(expert_parameters.values())
     budget = size.params.resolve(largest)
-    found = [s for w in _widths(size, base, experts) if (s := _fitted(family, base, experts, w, budget, size))]
+    found = [s for w in _widths(size, experts) if (s := _fitted(family, base, experts, w, budget, size))]
     if not found:
-        least = _smallest(family, base, experts, size)
+        least, most = _smallest(family, base, experts, size), parameters(family, _whole(family, base, experts))
+        if budget > most:
+            raise PreflightError(
+                f"size: {budget:,} parameters are more than all experts side by side need ({most:,}, "
+                f"{most / largest:.2f}x the largest expert); ask for less, or for `size: union`"
+            )
         raise PreflightError(
             f"size: {budget:,} parameters hold no {name} of {layers} layers for these experts; "
             f"the least is about {least:,} ({least / largest:.2f}x the largest expert)"
@@ -79,6 +88,9 @@ def _base(family: Family, anchor: Spec, experts: Sequence[Spec]) -> Spec:
         head_size = largest
     rotary = [s for s in (anchor, *experts) if s.frequencies]
     theta = rotary[0].rope_theta if rotary else 10000.0
+    frequencies, scale = tuple(theta ** (-2 * i / head_size) for i in range(head_size // 2)), 1.0
+    if head_size == anchor.head_size == 2 * len(anchor.frequencies):
+        frequencies, scale = anchor.frequencies, anchor.rope_scale
     features = {"head"} | ({"qkv_bias"} if family.bias else set()) | ({"qk_norm"} if family.qk_norm else set())
     return Spec(
         family=family.model_type,
@@ -95,7 +107,8 @@ def _base(family: Family, anchor: Spec, experts: Sequence[Spec]) -> Spec:
         gated=True,
         tied=False,
         max_positions=anchor.max_positions,
-        frequencies=tuple(theta ** (-2 * i / head_size) for i in range(head_size // 2)),
+        frequencies=frequencies,
+        rope_scale=scale,
         rope_theta=theta,
         features=frozenset(features),
     )
@@ -133,7 +146,7 @@ def _explicit(family: Family, base: Spec, experts: Sequence[Spec], size: Size) -
     return replace(whole, width=width, heads=heads, kv_heads=heads // group, mlp=size.mlp or whole.mlp)
 
 
-def _widths(size: Size, base: Spec, experts: Sequence[Spec]) -> list[int]:
+def _widths(size: Size, experts: Sequence[Spec]) -> list[int]:
     """Candidates from the narrower experts' width to all of them side by side, about evenly spaced in ratio."""
     if size.width:
         return [size.width]
@@ -143,9 +156,7 @@ def _widths(size: Size, base: Spec, experts: Sequence[Spec]) -> list[int]:
     return sorted({max(GRID, w) for w in grid})
 
 
-def _fitted(
-    family: Family, base: Spec, experts: Sequence[Spec], width: int, budget: int, size: Size
-) -> Spec | None:
+def _fitted(family: Family, base: Spec, experts: Sequence[Spec], width: int, budget: int, size: Size) -> Spec | None:
     """The shape of a width that spends the budget, attention and MLP in the experts' own proportion."""
     group = ratio(experts)
     whole = _whole(family, base, experts)
@@ -188,5 +199,5 @@ def _attention_share(base: Spec, experts: Sequence[Spec]) -> float:
 
 def _smallest(family: Family, base: Spec, experts: Sequence[Spec], size: Size) -> int:
     group = ratio(experts)
-    width = _widths(size, base, experts)[0]
+    width = _widths(size, experts)[0]
     return parameters(family, replace(base, width=width, heads=group, kv_heads=1, mlp=GRID))

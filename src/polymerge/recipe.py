@@ -30,7 +30,7 @@ _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def count(value: object) -> object:
-    """"400k" -> 400000; numbers pass."""
+    """Read "400k" as 400000; numbers pass."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower().replace("_", "")
@@ -79,7 +79,7 @@ class Budget:
 
 
 def budget(value: object) -> object:
-    """"1.5x" or "900k" -> Budget."""
+    """Read "1.5x" or "900k" as a budget."""
     if isinstance(value, str) and value.strip().lower().endswith("x"):
         try:
             times = float(value.strip()[:-1])
@@ -134,7 +134,7 @@ def healing(value: object) -> object:
     known = [f.name for f in fields(Heal)]
     for key in value:
         if key not in known:
-            raise ValueError(f"heal.{unknown('key', str(key), known)}")
+            raise ValueError(unknown("key", str(key), known))
     number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float}
     settings: dict[str, Any] = {key: number.get(key, _same)(v) for key, v in value.items()}
     return Heal(**settings)
@@ -207,7 +207,7 @@ def _first(error: ValidationError) -> str:
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         near = closest(where[-1], _known(where[:-1]))
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = f"; did you mean {near!r}?" if near else ";"
         return f"{key}: unknown key{hint} known: {', '.join(sorted(_known(where[:-1])))}"
     message = problem["msg"].removeprefix("Value error, ")
     found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"

@@ -1,4 +1,4 @@
-"""What travels with a merged model: config, tokenizer, generation config, card, recipe and lock; and a fold's record."""
+"""What travels with a merged model: config, tokenizer, generation config, card, recipe, lock; and a fold's record."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from polymerge import preflight
 from polymerge.calibrate.texts import Skill
 from polymerge.checkpoint.card import Card, SkillRow, model_card
 from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
@@ -113,7 +114,7 @@ def finish(
         description=_describe(recipe, result),
         parameters=result.parameters,
         skills=[SkillRow(k, r["owner"], r["union"], r["fold"], r["healed"]) for k, r in result.skills.items()],
-        licenses=[s.checkpoint.config.get("license") for s in sources.values()],
+        licenses=[preflight.licence(s.path) for s in sources.values()],
         facts={name: str(value) for name, value in result.shape.items()},
     )))  # fmt: skip
 
@@ -122,11 +123,13 @@ def _describe(recipe: Recipe, result: "MergeResult") -> str:
     experts = len(recipe.experts)
     if recipe.method == "union":
         return (
-            f"All {experts} experts whole, mixed per token by a Bayesian gate. Load with `trust_remote_code=True`; the code "
-            "is in this folder."
+            f"All {experts} experts whole, mixed per token by a Bayesian gate. Load with `trust_remote_code=True`; "
+            "the code is in this folder."
         )
-    healed = f", then distilled on {recipe.heal.tokens:,} tokens" if recipe.heal else ", without any end-to-end training"
+    healed = (
+        f", then distilled on {recipe.heal.tokens:,} tokens" if recipe.heal else ", without any end-to-end training"
+    )
     return (
-        f"{experts} language models of different architecture folded into one {result.shape['family']} decoder in closed "
-        f"form, layer by layer{healed}. A stock transformers checkpoint: no remote code."
+        f"{experts} language models of different architecture folded into one {result.shape['family']} decoder in "
+        f"closed form, layer by layer{healed}. A stock transformers checkpoint: no remote code."
     )

@@ -72,9 +72,7 @@ class _Kl(torch.autograd.Function):
         return gradient * upstream.to(gradient), None
 
 
-def kl(
-    student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row time other"]
-) -> Float[Tensor, ""]:
+def kl(student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row time other"]) -> Float[Tensor, ""]:
     """KL(teacher ‖ student) from logits, in nats summed over all positions; differentiable in the student."""
     loss: Tensor = _Kl.apply(student, teacher)  # type: ignore[no-untyped-call]
     return loss
@@ -164,7 +162,5 @@ def check_rows(rows: Mapping[str, Rows], validation: Mapping[str, Rows], length:
     for name in skills:
         found = rows[name].tokens.shape
         if found[1] != length or not found[0]:
-            raise RecipeError(
-                f"skill {name!r}: rows are {tuple(found)}, heal.length is {length}; pack the text to it"
-            )
+            raise RecipeError(f"skill {name!r}: rows are {tuple(found)}, heal.length is {length}; pack the text to it")
     return skills

@@ -1,0 +1,1 @@
+"""Aligners: depth, width, heads, neurons, vocabularies."""

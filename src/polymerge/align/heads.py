@@ -34,13 +34,6 @@ class Placement:
         return out
 
 
-def head_size(specs: list[Spec], theta: float | None = None, limit: int = 128) -> int:
-    """The least head size that holds every expert's heads: the least common multiple, or the largest up to `limit`."""
-    del theta
-    common = math.lcm(*(s.head_size for s in specs))
-    return common if common <= max(limit, *(s.head_size for s in specs)) else max(s.head_size for s in specs)
-
-
 def placement(source: Spec, target: Spec, span: float = 64.0) -> Placement:
     """Assign source pairs to target pairs so that phases stay closest over `span` tokens.
 
@@ -62,7 +55,7 @@ def placement(source: Spec, target: Spec, span: float = 64.0) -> Placement:
         rotary=tuple(rotary),
         plain=tuple(range(source.head_size)),
         size=target.head_size,
-        scale=(target.head_size / source.head_size) ** 0.25,
+        scale=(target.head_size / source.head_size) ** 0.25 * source.rope_scale / target.rope_scale,
         worst_angle=float(drift[rows, columns].max()),
     )
 

@@ -1,7 +1,8 @@
 """Which heads or neurons to keep when a layer has more than the target may hold: group optimal brain surgeon.
 
 For a writer Y = X W, removing the inputs g and re-solving for the rest raises the squared error by
-tr(W_g M W_gᵀ (H⁻¹_gg)⁻¹), H = XᵀX + λ (Hassibi & Stork 1993, groups: Frantar et al. 2022). M weighs the output directions: with the
+tr(W_g M W_gᵀ (H⁻¹_gg)⁻¹), H = XᵀX + λ (Hassibi & Stork 1993, groups: Frantar et al. 2022).
+M weighs the output directions: with the
 Fisher matrix of the boundary, the cost is in nats of KL, so that heads and neurons of different experts compare.
 """
 
@@ -36,7 +37,9 @@ def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 
         drop = _members(order[:lot], group)
         stay = _members(order[lot:].sort().values, group)
         for k, (inverse, solution) in enumerate(zip(inverses, solutions, strict=True)):
-            gain = torch.linalg.solve(inverse[drop][:, drop], torch.cat([inverse[drop][:, stay], solution[drop]], dim=1))
+            gain = torch.linalg.solve(
+                inverse[drop][:, drop], torch.cat([inverse[drop][:, stay], solution[drop]], dim=1)
+            )
             update = inverse[stay][:, drop] @ gain
             inverses[k] = inverse[stay][:, stay] - update[:, : len(stay)]
             solutions[k] = solution[stay] - update[:, len(stay) :]

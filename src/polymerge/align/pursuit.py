@@ -80,9 +80,7 @@ def _pursue(
                 scores.addcmul_(gram[index[:, j]], weight[:, j, None].to(unit), value=-1)
         best = scores.abs_().argmax(1)
         atom = unit[best].double()
-        new = torch.linalg.solve_triangular(
-            factor[:, :k, :k], chosen[:, :k] @ atom[:, :, None], upper=False
-        ).squeeze(2)
+        new = torch.linalg.solve_triangular(factor[:, :k, :k], chosen[:, :k] @ atom[:, :, None], upper=False).squeeze(2)
         left = atom.square().sum(1) - new.square().sum(1)
         active = active & (left > _INDEPENDENT)
         if not active.any():

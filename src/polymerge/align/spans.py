@@ -42,9 +42,7 @@ def encode(tokenizer: Any, text: str) -> tuple[Int64[Tensor, " token"], Int64[Te
         raise TextError(
             f"character {error.start} is a lone surrogate; expected text that UTF-8 can hold: remove it"
         ) from error
-    found = view.tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
+    found = view.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
     ids = torch.tensor(found["input_ids"], dtype=torch.int64)
     return ids, _boundaries(view, text, data, ids, found["offset_mapping"])
 

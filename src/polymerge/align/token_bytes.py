@@ -111,8 +111,7 @@ def byte_view(tokenizer: Any) -> ByteView:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise PreflightError(
-            f"{_name(tokenizer)} is not a fast tokenizer; expected one with a tokenizer.json: "
-            "convert it first"
+            f"{_name(tokenizer)} is not a fast tokenizer; expected one with a tokenizer.json: convert it first"
         )
     description = json.loads(backend.to_str())
     model = description["model"]

@@ -69,9 +69,7 @@ class VocabMap:
         sum to one less that mass. Raises ValueError for a map with negative weights (`omp`).
         """
         if bool((self.weights < 0).any()):
-            raise ValueError(
-                "this map has negative weights; expected one built with `first` to move probabilities"
-            )
+            raise ValueError("this map has negative weights; expected one built with `first` to move probabilities")
         flat = probabilities.reshape(-1, len(self.kinds))
         out = (self._matrix(self.donor_size, flat.dtype).T @ flat.T).T
         return out.reshape(*probabilities.shape[:-1], self.donor_size)
@@ -93,9 +91,7 @@ class VocabMap:
 
     def _matrix(self, columns: int, dtype: torch.dtype) -> Tensor:
         if columns < self.donor_size:
-            raise ValueError(
-                f"{columns} donor embeddings; expected a row for each of {self.donor_size} tokens"
-            )
+            raise ValueError(f"{columns} donor embeddings; expected a row for each of {self.donor_size} tokens")
         place = torch.stack([self.rows, self.columns])
         size = (len(self.kinds), columns)
         return torch.sparse_coo_tensor(place, self.weights.to(dtype), size, check_invariants=False).coalesce()
@@ -213,9 +209,7 @@ def _pieces(ids: list[int], found: list[list[int]], *, first: bool) -> tuple[Ten
     return rows, columns, (1 / counts.double()).repeat_interleave(counts)
 
 
-def _combined(
-    x: Tensor, rest: Tensor, ids: Tensor, targets: Tensor, atoms: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _combined(x: Tensor, rest: Tensor, ids: Tensor, targets: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
     if not len(ids) or not len(rest):
         empty = torch.zeros(0, dtype=torch.int64)
         return empty, empty, torch.zeros(0, dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 Over the block boundaries accumulate C = E[s sᵀ] of the residual states and F = E[g gᵀ] of the gradients of log p(y)
 with respect to them, y drawn from the expert itself. F is the Fisher information: an error δ at that boundary costs
-½ δᵀ F δ nats of KL to first order. With C = LLᵀ and U the eigenvectors of Lᵀ F L, Q = qr(L U) is an orthonormal basis, most
+½ δᵀ F δ nats of KL to first order. With C = LLᵀ and U the eigenvectors of Lᵀ F L, Q = qr(L U) is an
+orthonormal basis, most
 important direction first (balanced truncation: Moore 1981; here both Gramians are measured on text).
 
 The gradients come from one reverse sweep: layer inputs are cached on the way up, each layer is replayed and
@@ -38,7 +39,11 @@ def centred(source: Source, x: Float[Tensor, "... resid"]) -> Float[Tensor, "...
 
 
 def residual_basis(
-    source: Source, tokens: Int[Tensor, "row time"], scored: Tensor, generator: torch.Generator, batch: int = 16
+    source: Source,
+    tokens: Int[Tensor, "row time"],
+    scored: Tensor,
+    generator: torch.Generator,
+    batch: int = 16,
 ) -> Basis:
     """Basis and Fisher matrices of one expert from its own texts; `scored` (time,) marks the positions that count."""
     spec = source.spec
@@ -119,9 +124,8 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def allot(bases: list[Basis], width: int) -> list[int]:
-    """Share `width` dimensions out to the experts, best score first; each gets at most its own width."""
-    scored = sorted(
-        ((-float(score), k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores))
-    )
+    """Share `width` dimensions out to the experts, best score first; none goes without, none gets more than it has."""
+    scored = sorted(((-float(score), k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores)))
+    scored.sort(key=lambda entry: entry[2] > 0)  # everyone's first direction comes before all others
     taken = [k for _, k, _ in scored[:width]]
     return [taken.count(k) for k in range(len(bases))]

@@ -19,7 +19,8 @@ class Calibration:
     """Rows of every skill, in the order of the experts.
 
     `fit` marks the rows that regressions see; the others are held out, to choose knobs and to report. `owned` is
-    ownership o_k(x, t) in [0, 1]; `scored` (time,) marks the positions whose prediction counts; `bytes_per_token` turns nats
+    ownership o_k(x, t) in [0, 1]; `scored` (time,) marks the positions whose prediction counts;
+    `bytes_per_token` turns nats
     per token of a skill into bits per byte.
     """
 
@@ -38,7 +39,11 @@ class Calibration:
             for fit, share in ((True, fitted), (False, held_out))
         ]).sort().values  # fmt: skip
         return replace(
-            self, tokens=self.tokens[keep], owner=self.owner[keep], fit=self.fit[keep], owned=self.owned[:, keep]
+            self,
+            tokens=self.tokens[keep],
+            owner=self.owner[keep],
+            fit=self.fit[keep],
+            owned=self.owned[:, keep],
         )
 
     def of(self, expert: int, *, fit: bool = True) -> Int[Tensor, "row time"]:

@@ -52,9 +52,7 @@ def cut(text: str, block: int) -> Iterator[str]:
     """
     piece = ""
     for line in _LINE.findall(text):
-        parts = (
-            [line] if len(line) <= 2 * block else [line[i : i + block] for i in range(0, len(line), block)]
-        )
+        parts = [line] if len(line) <= 2 * block else [line[i : i + block] for i in range(0, len(line), block)]
         for part in parts:
             piece += part
             if len(piece) >= block:
@@ -154,15 +152,11 @@ def _document(where: str, item: dict[str, Any], field: str) -> str:
     else:
         near = closest(field, item)
         hint = f"; did you mean field {near!r}?" if near else "; set `field` to one of them"
-        raise TextError(
-            f"{where} has no field {field!r} (nor `prompt` and `answer`), but {sorted(item)}{hint}"
-        )
+        raise TextError(f"{where} has no field {field!r} (nor `prompt` and `answer`), but {sorted(item)}{hint}")
     if not isinstance(text, str):
         raise TextError(f"{where}: field {field!r} is of type {type(text).__name__}; expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TextError(
-            f"{where}: field {field!r} has half a surrogate pair, not a character ({error})"
-        ) from error
+        raise TextError(f"{where}: field {field!r} has half a surrogate pair, not a character ({error})") from error
     return text

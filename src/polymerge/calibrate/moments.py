@@ -32,13 +32,11 @@ class Moments:
         self.add_cross(x, y, weight)
 
     def add_gram(self, x: Float[Tensor, "row n"], weight: Float[Tensor, " row"]) -> None:
-        """Count rows into the Gram matrix only; a weight may be negative, to correct what was counted; zero costs nothing."""
+        """Count rows into the Gram matrix only; a negative weight takes back what was counted."""
         x, weight = _kept(weight, x, weight)
         self.gram += ((x * weight[:, None].to(x.dtype)).T @ x).double()
 
-    def add_cross(
-        self, x: Float[Tensor, "row n"], y: Float[Tensor, "row out"], weight: Float[Tensor, " row"]
-    ) -> None:
+    def add_cross(self, x: Float[Tensor, "row n"], y: Float[Tensor, "row out"], weight: Float[Tensor, " row"]) -> None:
         """Count rows into the cross moments only."""
         x, y, weight = _kept(weight, x, y, weight)
         self.cross += (x.T @ (y.to(x.dtype) * weight[:, None].to(x.dtype))).double()

@@ -3,8 +3,8 @@
 Two ways, both without looking ahead:
 
 - `by_prefix`: the label of a calibration text, softened where the domain can't be known yet. An expert owns position t
-  as much as its own texts begin with x_1..x_t, relative to the expert whose texts do so most: the first tokens belong to
-  everyone, and a token that only one domain uses settles it at once.
+  as much as its own texts begin with x_1..x_t, relative to the expert whose texts do so most: the first tokens belong
+  to everyone, and a token that only one domain uses settles it at once.
 - `by_gate`: the weights of the union's Bayesian gate (no labels), relative to the largest.
 """
 
@@ -30,9 +30,7 @@ def by_prefix(
     return owned
 
 
-def by_gate(
-    log_probs: Float[Tensor, "expert row next"], alpha: float = 0.01
-) -> Float[Tensor, "expert row time"]:
+def by_gate(log_probs: Float[Tensor, "expert row next"], alpha: float = 0.01) -> Float[Tensor, "expert row time"]:
     """Ownership from each expert's log-probability of the next token (row, time - 1): gate weights over their maximum.
 
     Position t holds the weights after tokens 1..t (Herbster & Warmuth 1998, fixed share).

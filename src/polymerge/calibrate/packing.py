@@ -93,17 +93,13 @@ def _encode(
     """(token ids, bytes of each token) of every document that gives any token."""
     for start in range(0, len(documents), _CHUNK):
         chunk = list(documents[start : start + _CHUNK])
-        found = tokenizer(
-            chunk, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-        )
+        found = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
         for text, ids, offsets in zip(chunk, found["input_ids"], found["offset_mapping"], strict=True):
             if ids:
                 yield np.array(ids, dtype=np.int64), token_bytes(text, np.array(offsets, dtype=np.int64))
 
 
-def token_bytes(
-    text: str, offsets: np.ndarray[Any, np.dtype[np.int64]]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def token_bytes(text: str, offsets: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """UTF-8 bytes of each token of one document; offsets (tokens, 2) are character ranges."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     # UTF-8 takes one byte more from each of these code points on.

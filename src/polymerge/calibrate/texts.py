@@ -47,9 +47,7 @@ class Skill:
         return {
             "seed": self.seed,
             "digest": self.digest(),
-            "files": [
-                {"name": name, "sha256": digest, "characters": size} for name, digest, size in self.files
-            ],
+            "files": [{"name": name, "sha256": digest, "characters": size} for name, digest, size in self.files],
             "parts": {
                 part: {
                     "documents": len(documents),

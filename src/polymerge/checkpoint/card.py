@@ -72,9 +72,7 @@ def model_card(card: Card) -> str:
         parts.append(_skills(card.skills))
     parts.append("## Recipe\n\n" + _fenced("yaml", card.recipe))
     if card.bibtex:
-        parts.append(
-            "## Citation\n\n" + _fenced("bibtex", "\n\n".join(entry.strip() for entry in card.bibtex))
-        )
+        parts.append("## Citation\n\n" + _fenced("bibtex", "\n\n".join(entry.strip() for entry in card.bibtex)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,9 +82,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _skills(rows: Sequence[SkillRow]) -> str:
     """Only the columns that were measured."""
-    columns = [
-        c for c in ("owner", "union", "fold", "healed") if any(getattr(r, c) is not None for r in rows)
-    ]
+    columns = [c for c in ("owner", "union", "fold", "healed") if any(getattr(r, c) is not None for r in rows)]
     lines = ["| skill | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for row in rows:
         values = [getattr(row, c) for c in columns]

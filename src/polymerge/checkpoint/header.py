@@ -80,13 +80,10 @@ def read_header(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(first, "little")
             size = file.stat().st_size
             if first == b"version ":
-                raise CheckpointError(
-                    f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` there"
-                )
+                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull` there")
             if len(first) < _FIRST or length > min(_LIMIT, size - _FIRST):
                 raise CheckpointError(
-                    f"{file}: {size} bytes, header length reads {length}: truncated or not"
-                    f" safetensors; {_AGAIN}"
+                    f"{file}: {size} bytes, header length reads {length}: truncated or not safetensors; {_AGAIN}"
                 )
             raw = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
         if not isinstance(raw, dict):
@@ -116,8 +113,7 @@ def _span(file: Path, name: str, info: Any) -> tuple[Entry, int, int]:
     entry = Entry(file.name, DTYPES[dtype], shape)
     if end - begin != entry.nbytes:
         raise CheckpointError(
-            f"{file}: {name!r} spans {end - begin} bytes, but {dtype} {list(shape)} takes"
-            f" {entry.nbytes}; {_AGAIN}"
+            f"{file}: {name!r} spans {end - begin} bytes, but {dtype} {list(shape)} takes {entry.nbytes}; {_AGAIN}"
         )
     return entry, begin, end
 
@@ -131,9 +127,7 @@ def _check_layout(file: Path, spans: dict[str, tuple[Entry, int, int]], stored: 
         at = end
     if stored != at:
         what = "truncated, the download is incomplete" if stored < at else "has bytes after the last tensor"
-        raise CheckpointError(
-            f"{file}: {stored} bytes of tensor data, the header promises {at}: {what}; {_AGAIN}"
-        )
+        raise CheckpointError(f"{file}: {stored} bytes of tensor data, the header promises {at}: {what}; {_AGAIN}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

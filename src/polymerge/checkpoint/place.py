@@ -31,8 +31,7 @@ def require_space(path: Path, nbytes: int) -> None:
     free = shutil.disk_usage(base).free
     if free < nbytes:
         raise OutputError(
-            f"{path}: needs {_size(nbytes)}, {base} has {_size(free)} free;"
-            f" free some space or choose another disk"
+            f"{path}: needs {_size(nbytes)}, {base} has {_size(free)} free; free some space or choose another disk"
         )
 
 

@@ -151,8 +151,7 @@ class Checkpoint:
             flat = self.tensor(name).flatten()
             narrow = flat.element_size() == 1  # float8: isfinite is not defined for it everywhere
             bad = sum(
-                int((~torch.isfinite(part.float() if narrow else part)).sum())
-                for part in torch.split(flat, _SCAN)
+                int((~torch.isfinite(part.float() if narrow else part)).sum()) for part in torch.split(flat, _SCAN)
             )
             if bad:
                 raise CheckpointError(
@@ -198,9 +197,7 @@ class Checkpoint:
             raise CheckpointError(f"{where}: no usable `weight_map`; expected tensor name -> shard file")
         outside = [v for v in found.values() if Path(v).name != v]
         if outside:
-            raise CheckpointError(
-                f"{where}: shard {outside[0]!r} lies outside the folder; expected a file name"
-            )
+            raise CheckpointError(f"{where}: shard {outside[0]!r} lies outside the folder; expected a file name")
         return found
 
     @cached_property

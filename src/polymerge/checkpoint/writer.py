@@ -139,12 +139,8 @@ class CheckpointWriter:
         """Final names, index, flush, rename."""
         self._close_shard()
         total = len(self._shards)
-        names = (
-            [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [SINGLE]
-        )
-        for part, name in zip(
-            self._shards, names, strict=False
-        ):  # without tensors there is a name, and no part
+        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)] if total > 1 else [SINGLE]
+        for part, name in zip(self._shards, names, strict=False):  # without tensors there is a name, and no part
             (self.folder / part).rename(self.folder / name)
         if total > 1:
             index = {
@@ -188,9 +184,7 @@ def _telling(out: Path) -> Iterator[None]:
         reason, remedy = error.strerror or str(error), "choose another folder"
         if error.errno in _FULL:
             reason, remedy = "no space left on the disk", "free some space or choose another disk"
-        raise OutputError(
-            f"{out}: not written: {reason} ({error.filename or out.parent}); {remedy}"
-        ) from error
+        raise OutputError(f"{out}: not written: {reason} ({error.filename or out.parent}); {remedy}") from error
 
 
 def _flush(path: Path) -> None:

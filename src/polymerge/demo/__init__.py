@@ -1,0 +1,1 @@
+"""The demo: two shipped experts, their texts, one command."""

@@ -50,9 +50,7 @@ _SKIPPED_FOLDERS = frozenset({
     "__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload",
     "encodings", "ensurepip", "__phello__", "pydoc_data",
 })  # fmt: skip
-_SKIPPED_FILES = re.compile(
-    "_sysconfigdata.*|sitecustomize|usercustomize|__hello__|this|antigravity|entities|_vendor"
-)
+_SKIPPED_FILES = re.compile("_sysconfigdata.*|sitecustomize|usercustomize|__hello__|this|antigravity|entities|_vendor")
 
 # Packages that some systems ship apart or that later versions dropped: train only, so that the held-out part
 # is whole everywhere.

@@ -60,12 +60,32 @@ FAMILY = Family(
         stored("lm_head.weight", "vocab resid", "head.weight", when="head"),
     ),
     read=_read,
-    claimed=frozenset({
-        "activation_function", "add_cross_attention", "attn_pdrop", "embd_pdrop", "layer_norm_epsilon", "n_ctx", "n_embd", "n_head",
-        "n_inner", "n_layer", "n_positions", "reorder_and_upcast_attn", "resid_pdrop",
-        "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "summary_activation", "summary_first_dropout",
-        "summary_proj_to_labels", "summary_type", "summary_use_proj", "tie_word_embeddings", "vocab_size",
-    }),  # fmt: skip
+    claimed=frozenset(
+        {
+            "activation_function",
+            "add_cross_attention",
+            "attn_pdrop",
+            "embd_pdrop",
+            "layer_norm_epsilon",
+            "n_ctx",
+            "n_embd",
+            "n_head",
+            "n_inner",
+            "n_layer",
+            "n_positions",
+            "reorder_and_upcast_attn",
+            "resid_pdrop",
+            "scale_attn_by_inverse_layer_idx",
+            "scale_attn_weights",
+            "summary_activation",
+            "summary_first_dropout",
+            "summary_proj_to_labels",
+            "summary_type",
+            "summary_use_proj",
+            "tie_word_embeddings",
+            "vocab_size",
+        }
+    ),  # fmt: skip
     tiny={"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     prefix="transformer.",
     buffers=("attn.bias", "attn.masked_bias"),

@@ -46,9 +46,20 @@ FAMILY = Family(
         stored("gpt_neox.embed_in.weight", "vocab resid", "embed.weight"),
         stored(_AT + "input_layernorm.weight", "resid", "norm1.weight"),
         stored(_AT + "input_layernorm.bias", "resid", "norm1.bias"),
-        stored(_AT + "attention.query_key_value.weight", "(head qkv hd) resid", "q.weight", "k.weight", "v.weight"),
         stored(
-            _AT + "attention.query_key_value.bias", "(head qkv hd)", "q.bias", "k.bias", "v.bias", when="qkv_bias"
+            _AT + "attention.query_key_value.weight",
+            "(head qkv hd) resid",
+            "q.weight",
+            "k.weight",
+            "v.weight",
+        ),
+        stored(
+            _AT + "attention.query_key_value.bias",
+            "(head qkv hd)",
+            "q.bias",
+            "k.bias",
+            "v.bias",
+            when="qkv_bias",
         ),
         stored(_AT + "attention.dense.weight", "resid (head hd)", "o.weight"),
         stored(_AT + "attention.dense.bias", "resid", "o.bias", when="o_bias"),
@@ -63,12 +74,28 @@ FAMILY = Family(
         stored("embed_out.weight", "vocab resid", "head.weight", when="head", also=("lm_head.weight",)),
     ),
     read=_read,
-    claimed=frozenset({
-        "attention_bias", "attention_dropout", "classifier_dropout", "hidden_act", "hidden_dropout", "hidden_size",
-        "intermediate_size", "layer_norm_eps", "max_position_embeddings", "num_attention_heads",
-        "num_hidden_layers", "rope_parameters", "rotary_emb_base", "rotary_pct", "tie_word_embeddings",
-        "use_parallel_residual", "vocab_size", "partial_rotary_factor",
-    }),  # fmt: skip
+    claimed=frozenset(
+        {
+            "attention_bias",
+            "attention_dropout",
+            "classifier_dropout",
+            "hidden_act",
+            "hidden_dropout",
+            "hidden_size",
+            "intermediate_size",
+            "layer_norm_eps",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "rope_parameters",
+            "rotary_emb_base",
+            "rotary_pct",
+            "tie_word_embeddings",
+            "use_parallel_residual",
+            "vocab_size",
+            "partial_rotary_factor",
+        }
+    ),  # fmt: skip
     tiny={
         "vocab_size": 48,
         "hidden_size": 32,

@@ -1,6 +1,7 @@
 """The fold's engine: one target, layer by layer, in closed form and closed loop (see `fold.py` for the method).
 
-States live on the CPU, whole: the target's (row, time, width) and every expert's (row, time, resid). Batches of rows go to
+States live on the CPU, whole: the target's (row, time, width) and every expert's (row, time, resid). Batches
+of rows go to
 the device; one layer of each model is there at a time.
 """
 
@@ -30,7 +31,8 @@ Features = Callable[[Tensor], Tensor]
 class Knobs:
     """The four numbers of the fold.
 
-    `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does not own the
+    `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does
+    not own the
     position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target.
     """
 
@@ -102,11 +104,11 @@ class LayerFold:
     # ------------------------------------------------------------------------------------------ stages
 
     def embeddings(self) -> Tensor:
-        """E' = Σ_k E_k P_k, and a constant where one is needed, over the tokens that expert k knows; sets the first states."""
+        """E' = Σ_k E_k P_k, and a constant where one is needed, over tokens that expert k knows; sets the first states."""
         texts, target = self.texts, self.target
-        counts = torch.stack([
-            torch.bincount(texts.of(k).flatten(), minlength=target.vocab) for k in range(len(self.experts))
-        ])
+        counts = torch.stack(
+            [torch.bincount(texts.of(k).flatten(), minlength=target.vocab) for k in range(len(self.experts))]
+        )
         # An expert is quiet on tokens that it has not seen and others have; on tokens new to all, everyone speaks.
         known = torch.where(counts > 0, 1.0, 1.0 / (1.0 + counts.amax(0))).to(self.dtype)
         table = torch.zeros(target.vocab, target.width, dtype=self.dtype)
@@ -148,7 +150,9 @@ class LayerFold:
             parts.append(self._random(inputs, spare * (ratio + 2) * size).split(
                 [spare * ratio * size, spare * size, spare * size], dim=1))  # fmt: skip
             total += spare
-        weights = self._named({role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)})
+        weights = self._named(
+            {role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)}
+        )
         self.before_attention = self.current
         self.current = [mids.get(k, x) for k, x in enumerate(self.current)]
         wide = replace(target, heads=total * ratio, kv_heads=total)
@@ -167,9 +171,11 @@ class LayerFold:
         return weights
 
     def feed_forward(self, layer: int, present: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Solve gate and up, then down, of a target layer; moves the states past the MLP (the target's, if not refined)."""
+        """Solve gate and up, then down, of a target layer; moves the states (the target's, if not refined)."""
         target, knobs = self.target, self.knobs
-        gates, ups = ({k: Moments.zeros(target.width, self.experts[k].spec.mlp, self.device) for k in present} for _ in "gu")
+        gates, ups = (
+            {k: Moments.zeros(target.width, self.experts[k].spec.mlp, self.device) for k in present} for _ in "gu"
+        )
         outs = {k: self.current[k].clone() for k in present}
         for k, weights in present.items():
             expert = self.experts[k]
@@ -228,7 +234,8 @@ class LayerFold:
                 for logits in (F.linear(self.normalised(rows), head), self.teacher(rows))
             ]
             sums.index_add_(0, self.texts.owner[rows], torch.stack(
-                [(losses[0] - losses[1]).double(), torch.full_like(losses[0], int(scored.sum())).double()], dim=1))  # fmt: skip
+                [(losses[0] - losses[1]).double(), torch.full_like(losses[0], int(scored.sum())).double()],
+                dim=1))  # fmt: skip
         nats = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
         return [n / 0.6931471805599453 / b for n, b in zip(nats, self.texts.bytes_per_token, strict=True)]
 
@@ -244,7 +251,7 @@ class LayerFold:
     def writers(self, features: Features, inputs: int) -> list[Moments]:
         """Per expert: moments from hidden features onto what its slice still lacks.
 
-        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram matrix per
+        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram matrix for each
         owner serves all slices, and only the positions that differ (shared beginnings) are counted apart.
         """
         out = [Moments.zeros(inputs, s.stop - s.start, self.device) for s in self.slices]
@@ -307,7 +314,7 @@ class LayerFold:
         return torch.cat([make(rows).cpu() for rows in self.batches()])
 
     def reached(self, k: int) -> Iterator[tuple[Tensor, int]]:
-        """Batches of rows, and up to where expert k has a say in them: the whole of its own, the beginning of others'."""
+        """Batches of rows, and up to where expert k has a say in them: all of its own, the beginning of others'."""
         mine = self.texts.owner == k
         says = (self.texts.owned[k][~mine] > 0).any(0).nonzero().flatten()
         time = self.texts.tokens.shape[1]

@@ -83,13 +83,9 @@ def _check(spec: Spec, target: Spec, max_drift: float) -> None:
     lost = sorted(spec.features & {"qkv_bias", "o_bias", "mlp_bias"} - target.features)
     if lost or ("qk_norm" in spec.features) != ("qk_norm" in target.features):
         what = lost[0] if lost else "qk_norm"
-        raise PreflightError(
-            f"{what}: the anchor ({spec.family}) and the target ({target.family}) differ in it"
-        )
+        raise PreflightError(f"{what}: the anchor ({spec.family}) and the target ({target.family}) differ in it")
     if target.tied and not spec.tied:
-        raise PreflightError(
-            "the target ties its head to the embedding, the anchor does not; untie the target's"
-        )
+        raise PreflightError("the target ties its head to the embedding, the anchor does not; untie the target's")
     needed = spec.kv_heads * math.ceil(_ratio(spec) / _ratio(target))
     if needed > target.kv_heads:
         raise PreflightError(
@@ -132,9 +128,7 @@ class _Padding:
 
     def run(self, anchor: Anchor) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
         outer = anchor.outer()
-        embedding = self._writer(
-            outer["embed.weight"].T, torch.arange(self.spec.vocab), self.spec.vocab
-        ).T.contiguous()
+        embedding = self._writer(outer["embed.weight"].T, torch.arange(self.spec.vocab), self.spec.vocab).T.contiguous()
         yield None, {"embed.weight": embedding}
         hosts = depth.uniform(self.spec.layers, self.target.layers)
         for index in range(self.target.layers):
@@ -142,9 +136,7 @@ class _Padding:
             weights = self._layer(anchor.layer(max(before, 0)))
             if index not in hosts:
                 weights |= {
-                    role: torch.zeros_like(w)
-                    for role, w in weights.items()
-                    if role.split(".")[0] in ("o", "down")
+                    role: torch.zeros_like(w) for role, w in weights.items() if role.split(".")[0] in ("o", "down")
                 }
             yield index, weights
         norm = self._norm(outer["norm.weight"])
@@ -178,9 +170,7 @@ class _Padding:
             if ("mlp_bias" if role in ("gate", "up") else "qkv_bias") in target.features:
                 bias = w.get(f"{role}.bias", w[f"{role}.weight"].new_zeros(len(w[f"{role}.weight"])))
                 out[f"{role}.bias"] = _placed(self._grouped(role, bias), rows, total)
-        out["o.weight"] = self._writer(
-            w["o.weight"], _rows(self.heads, self.plain, size), target.heads * size
-        )
+        out["o.weight"] = self._writer(w["o.weight"], _rows(self.heads, self.plain, size), target.heads * size)
         out["down.weight"] = self._writer(w["down.weight"], neurons, target.mlp)
         for role, feature in (("o", "o_bias"), ("down", "mlp_bias")):
             if feature in target.features:

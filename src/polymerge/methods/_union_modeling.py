@@ -110,11 +110,7 @@ class UnionConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"union: skip_below is {self.skip_below}, expected 0 (never skip) or a value between alpha/K "
                 f"= {floor:g} (every expert's least weight) and 1/K = {1 / count:g}; raise it or lower alpha"
             )
-        if (
-            len(self.prior) != count
-            or min(self.prior) < 0
-            or not math.isclose(sum(self.prior), 1, rel_tol=1e-6)
-        ):
+        if len(self.prior) != count or min(self.prior) < 0 or not math.isclose(sum(self.prior), 1, rel_tol=1e-6):
             raise ValueError(f"union: prior is {self.prior}, expected {count} weights >= 0 whose sum is 1")
         if not 0 <= self.vocab_size <= smallest:
             raise ValueError(f"union: vocab_size is {self.vocab_size}, the smallest expert has {smallest}")
@@ -195,9 +191,7 @@ class UnionCache(Cache):  # type: ignore[misc]
     def append(self, **new: Tensor) -> None:
         """Add pending tokens."""
         for name, tensor in new.items():
-            self.pending[name] = (
-                torch.cat([self.pending[name], tensor], 1) if name in self.pending else tensor
-            )
+            self.pending[name] = torch.cat([self.pending[name], tensor], 1) if name in self.pending else tensor
 
     def forget_pending(self) -> None:
         """Everybody has read everything."""
@@ -390,9 +384,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             if kwargs.get(k) not in (None, False)
         ]
         if input_ids is None or refused:
-            raise ValueError(
-                f"union: needs input_ids and cannot take {refused}; ask a member of model.experts"
-            )
+            raise ValueError(f"union: needs input_ids and cannot take {refused}; ask a member of model.experts")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = self._open(past_key_values, use_cache)
         mask = self._mask(attention_mask, input_ids, cache.length)
@@ -433,9 +425,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if mask is None:
             return ids.new_ones(shape)
         if mask.shape != shape:
-            raise ValueError(
-                f"union: attention_mask is {tuple(mask.shape)}, expected {shape} (batch, cached + new)"
-            )
+            raise ValueError(f"union: attention_mask is {tuple(mask.shape)}, expected {shape} (batch, cached + new)")
         return mask
 
     def _gate(self, device: torch.device) -> BayesGate:
@@ -477,9 +467,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         run = [k for k in everybody if wanted[k] and awake[k]]
         return (everybody, None) if len(run) == len(everybody) else (run, log_weights)
 
-    def _run_expert(
-        self, k: int, cache: UnionCache, count: int, mask: Tensor, keep: slice | Tensor
-    ) -> Tensor:
+    def _run_expert(self, k: int, cache: UnionCache, count: int, mask: Tensor, keep: slice | Tensor) -> Tensor:
         """Log-probabilities (B, kept, V) of expert k at the new positions, after it read what it missed."""
         unread, expert_cache = cache.lag[k] + count, cache.experts[k]
         ids = cache.pending["ids"][:, -unread:]

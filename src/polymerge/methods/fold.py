@@ -1,7 +1,9 @@
 """Fold: several experts of any architecture into one plain decoder, in closed form, layer by layer, closed loop.
 
-Every expert k gets its own slice of the target's residual stream (P_k encodes into it). The target folded so far runs on the
-calibration texts, and each linear map is a weighted ridge regression from the target's *own* activations, so that every
+Every expert k gets its own slice of the target's residual stream (P_k encodes into it). The target folded so
+far runs on the
+calibration texts, and each linear map is a weighted ridge regression from the target's *own* activations, so
+that every
 error is seen and corrected by the next map:
 
 - q, k, v, up: onto the expert's own values where it owns the position;
@@ -10,8 +12,10 @@ error is seen and corrected by the next map:
   owned and μ towards zero where not; heads and neurons over the budget are dropped first, by their cost in KL;
 - head: onto the owner's centred logits.
 
-Then a block may be refined alone, by gradient, towards the same targets, before the next is solved. One layer of each model
-is in memory at a time. The relatives: RegMean++ (Nguyen et al. 2025) regresses layer by layer on the merged model's own
+Then a block may be refined alone, by gradient, towards the same targets, before the next is solved. One layer
+of each model
+is in memory at a time. The relatives: RegMean++ (Nguyen et al. 2025) regresses layer by layer on the merged
+model's own
 activations, for equal architectures; FS-Merge (2025) reconstructs features across models with learned low-rank maps.
 """
 
@@ -33,7 +37,7 @@ from polymerge.model.spec import Family, Spec
 from polymerge.recipe import Fold
 
 BASIS_ROWS = 64
-TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 24, 16, 20
+TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BETTER = 0.99
 GRIDS: dict[str, tuple[float, ...]] = {
     "off_gate": (2.0,),
@@ -68,7 +72,8 @@ def fold(
 ) -> Folded:
     """Fold the experts into the best of the candidate shapes.
 
-    `emit(target)` is called once the shape is known and returns the sink of its weights: (layer or None, role -> tensor).
+    `emit(target)` is called once the shape is known and returns the sink of its weights: (layer or None, role
+    -> tensor).
     """
     clock = clock or Clock()
     with clock("basis"):
@@ -77,7 +82,16 @@ def fold(
         target, knobs, trials = choose(experts, family, shapes, texts, bases, settings, seed, progress)
     refine = Refine(steps=settings.refine, lr=settings.refine_lr, head_steps=settings.refine)
     run = LayerFold(
-        experts, target, texts, bases, knobs, refine, bias=family.bias, seed=seed, progress=progress, clock=clock
+        experts,
+        target,
+        texts,
+        bases,
+        knobs,
+        refine,
+        bias=family.bias,
+        seed=seed,
+        progress=progress,
+        clock=clock,
     )
     excess = run.run(emit(target))
     return Folded(target, knobs, excess, trials)

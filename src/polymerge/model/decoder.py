@@ -50,7 +50,7 @@ def normalise(
 
 
 def rms(x: Float[Tensor, "... n"], eps: float) -> Float[Tensor, "... n"]:
-    """x over its root mean square (Zhang & Sennrich 2019), in float32 at least, as transformers does."""
+    """X over its root mean square (Zhang & Sennrich 2019), in float32 at least, as transformers does."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -77,7 +77,10 @@ def rotate(
 
 
 def attend(
-    spec: Spec, q: Float[Tensor, "batch time q"], k: Float[Tensor, "batch time kv"], v: Float[Tensor, "batch time kv"]
+    spec: Spec,
+    q: Float[Tensor, "batch time q"],
+    k: Float[Tensor, "batch time kv"],
+    v: Float[Tensor, "batch time kv"],
 ) -> Float[Tensor, "batch time q"]:
     """Causal attention of every head (grouped KV heads, rotation, window); what o_proj reads."""
     batch, time, _ = q.shape
@@ -94,7 +97,12 @@ def attend(
         distance = torch.arange(time, device=q.device)[:, None] - torch.arange(time, device=q.device)[None]
         mask = (distance >= 0) & (distance < spec.window)
     out = F.scaled_dot_product_attention(
-        heads, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=keys.shape[1] != heads.shape[1]
+        heads,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=keys.shape[1] != heads.shape[1],
     )
     return out.transpose(1, 2).reshape(batch, time, -1)
 

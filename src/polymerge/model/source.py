@@ -25,6 +25,7 @@ class Source:
 
     def __init__(self, path: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.checkpoint = Checkpoint(Path(path))
+        self.checkpoint.check()
         self.device, self.dtype = device, dtype
         self.family, self.config, self.spec = read_config(self.checkpoint)
         self._strip = self._stored_without_prefix()
@@ -39,9 +40,7 @@ class Source:
     def parameters(self) -> int:
         """Stored parameters, tied tensors once."""
         return sum(
-            torch.Size(self.checkpoint.shape(name)).numel()
-            for row in self.family.tensors
-            for name in self._names(row)
+            torch.Size(self.checkpoint.shape(name)).numel() for row in self.family.tensors for name in self._names(row)
         )
 
     def outer(self) -> dict[str, Tensor]:
@@ -66,7 +65,7 @@ class Source:
 
     @torch.no_grad()
     def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Tensor:
-        """log p(next token) at every position but the last (row, time - 1), one layer in memory at a time."""
+        """Log p(next token) at every position but the last (row, time - 1), one layer in memory at a time."""
         outer = self.outer()
         states = [decoder.embed(self.spec, outer, rows.to(self.device)) for rows in tokens.split(batch)]
         for index in range(self.spec.layers):
@@ -135,16 +134,20 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
         family = families.get(str(raw.pop("model_type", None)))
         config = AutoConfig.for_model(family.model_type, **raw)
         unknown = sorted(set(config.to_diff_dict()) - family.claimed - HARMLESS)
-        if unknown:
-            raise FamilyError(
-                f"config.json: {unknown[0]!r} is {getattr(config, unknown[0])!r}, which the {family.model_type} "
-                f"table does not know; remove the key if it changes nothing"
-            )
+        _refuse(unknown, config)
         return family, config, family.read(config)
     except FamilyError as error:
         raise FamilyError(f"{where.parent}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise FamilyError(f"{where}: transformers refuses it: {error}") from error
+
+
+def _refuse(unknown: list[str], config: Any) -> None:
+    for key in unknown:
+        raise FamilyError(
+            f"config.json: {key!r} is {getattr(config, key)!r}, which the {config.model_type} table does not know; "
+            "remove the key if it changes nothing"
+        )
 
 
 def axis_lengths(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:

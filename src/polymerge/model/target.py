@@ -31,7 +31,10 @@ def hf_config(family: Family, target: Spec, anchor: Source) -> Any:
 
     assert family.write is not None
     special = {key: getattr(anchor.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(family.model_type, **family.write(target), **special)
+    keys = family.write(target)
+    if target.frequencies == anchor.spec.frequencies:  # scaled rotary embeddings too
+        keys["rope_parameters"] = dict(anchor.config.rope_parameters)
+    config = AutoConfig.for_model(family.model_type, **keys, **special)
     config.architectures = [family.architecture]
     return config
 

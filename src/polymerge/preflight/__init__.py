@@ -29,7 +29,7 @@ __all__ = ["Finding", "Level", "Report", "check"]
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 
 
-def check(  # noqa: PLR0917  one argument per part of a merge
+def check(
     recipe: Recipe,
     sources: Mapping[str, Source],
     tokenizers: Mapping[str, Any],
@@ -95,9 +95,7 @@ def _check_tokenizer_files(source: Source) -> None:
     """Without files transformers would make up an empty tokenizer of the family's kind."""
     if not {path.name for path in source.checkpoint.tokenizer_files()} & VOCABULARY_FILES:
         expected = ", ".join(sorted(VOCABULARY_FILES))
-        raise CheckpointError(
-            f"{source.path}: no tokenizer; expected one of {expected}: get the missing file"
-        )
+        raise CheckpointError(f"{source.path}: no tokenizer; expected one of {expected}: get the missing file")
 
 
 def _check_lengths(recipe: Recipe, sources: Mapping[str, Source]) -> None:
@@ -133,9 +131,7 @@ def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
             yield Finding("approximate", f"{name}: dtype", text)
 
 
-def _check_texts(
-    recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, healed: bool
-) -> Iterator[Finding]:
+def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, healed: bool) -> Iterator[Finding]:
     """Every part of every text gives at least a row; what is short of what was asked, or leaks, is told."""
     length = recipe.fold.length
     wanted = max(1, recipe.fold.tokens // length)

@@ -124,13 +124,6 @@ def _positions(case: Case) -> Part:
             f"{text}: phases drift by up to {drift:.2g} radians in 64 tokens (with all frequencies those of "
             "another head size, 0.68 bits per byte were lost)",
         )
-    if spec.rope_scale != target.rope_scale:
-        change = (target.rope_scale / spec.rope_scale) ** 2 - 1
-        yield _approximate(
-            "rope scaling",
-            f"its factor {spec.rope_scale:g} on queries and keys is not carried over: attention scores "
-            f"change by {change:+.0%}; not measured",
-        )
 
 
 def _window(case: Case) -> Part:
@@ -205,9 +198,7 @@ def _head(case: Case) -> Part:
 def _context(case: Case) -> Part:
     own, anchors = case.spec.max_positions, case.target.max_positions
     if own != anchors:
-        yield Finding(
-            "warning", "context", f"it knows {own:,} positions; the result states the anchor's {anchors:,}"
-        )
+        yield Finding("warning", "context", f"it knows {own:,} positions; the result states the anchor's {anchors:,}")
 
 
 CHECKS: tuple[Callable[[Case], Part], ...] = (

@@ -56,14 +56,10 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     each = getattr(torch, recipe.dtype).itemsize
     beside = sum(f.stat().st_size for f in sources[recipe.anchor].checkpoint.tokenizer_files()) + 200_000
     measured = TEST_ROWS * length * len(specs)
-    scoring = 4 * (
-        TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths
-    )
+    scoring = 4 * (TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:
         work = 2.0 * measured * experts
-        return Cost(
-            experts, LIBRARIES + scoring, experts * each + beside, work / (SHARE * speed(_device(sources)))
-        )
+        return Cost(experts, LIBRARIES + scoring, experts * each + beside, work / (SHARE * speed(_device(sources))))
     target = max(plan.shapes, key=lambda s: count(plan.family, s))
     size = count(plan.family, target)
     rows = len(specs) * (max(1, recipe.fold.tokens // length) + VALIDATION_ROWS)
@@ -89,9 +85,7 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     experts, k = sum(s.parameters for s in sources.values()), len(specs)
     target = plan.shapes[len(plan.shapes) // 2]
     heads, mlp = sum(s.heads for s in specs) * target.head_size, sum(s.mlp for s in specs)
-    moments = target.layers * (
-        3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads)
-    )
+    moments = target.layers * (3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads))
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
     knobs = sum(getattr(recipe.fold, name) is None for name in GRIDS) if k > 1 else 0
     trials = (1 + len(plan.shapes) // 2 + knobs) * k * (TRIAL_ROWS + TRIAL_HELD_OUT) * recipe.fold.length

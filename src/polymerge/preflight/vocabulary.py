@@ -50,9 +50,7 @@ def vocabulary_findings(
     return out
 
 
-def _compare(
-    anchor: str, name: str, views: Mapping[str, ByteView], skills: Mapping[str, Skill]
-) -> Iterator[str]:
+def _compare(anchor: str, name: str, views: Mapping[str, ByteView], skills: Mapping[str, Skill]) -> Iterator[str]:
     """Harmless differences of `name`'s tokenizer from the anchor's."""
     one, other = views[anchor].tokenizer, views[name].tokenizer
     pair = f"tokenizers of {anchor!r} and {name!r} differ"

@@ -45,9 +45,7 @@ def per_skill(skills: Mapping[str, Mapping[str, Any]]) -> Figure:
             tone, thick = (shade, 3.2) if ours else (FAINT, 1.6)
             axes.hlines(y, *sorted((owner, value)), color=tone, linewidth=thick, zorder=1)
             fill = tone if ours else PAPER
-            axes.plot(
-                [value], [y], "o", color=tone, markerfacecolor=fill, markersize=6.5, markeredgewidth=1.4
-            )
+            axes.plot([value], [y], "o", color=tone, markerfacecolor=fill, markersize=6.5, markeredgewidth=1.4)
             axes.text(span[0], y, label, color=INK if ours else FAINT, va="center", size=_SIZE)
             axes.text(max(value, owner) + 0.018 * (span[1] - span[0]), y, f"{value:.3f}", va="center",
                       color=INK if ours else FAINT, size=_SIZE)  # fmt: skip
@@ -131,9 +129,7 @@ def story(summary: Mapping[str, Any]) -> Figure:
         "healed": f"the same {summary['shape']['family']}\nafter a short distillation",
     }
     titles = ["the other expert", *stages]
-    for x, (title, caption) in enumerate(
-        zip(titles, ["not merged", *(captions[s] for s in stages)], strict=True)
-    ):
+    for x, (title, caption) in enumerate(zip(titles, ["not merged", *(captions[s] for s in stages)], strict=True)):
         below = {"ha": "center", "va": "top", "xycoords": axes.get_xaxis_transform()}
         _note(axes, title, (float(x), 0.0), (0.0, -6.0), color=INK, size=_SIZE + 1, weight="bold", **below)
         _note(axes, caption, (float(x), 0.0), (0.0, -22.0), color=FAINT, size=_SIZE - 0.5, **below)
@@ -175,11 +171,7 @@ def png(figure: Figure, dots_per_inch: int = 160) -> bytes:
 def _models(row: Mapping[str, Any]) -> list[tuple[str, float, bool]]:
     """(label, bits per byte, whether it is ours) of every model measured on a skill but its owner."""
     owner = row["owner"]
-    others = [
-        (f"{n} alone", v, False)
-        for n, v in (row.get("experts") or {}).items()
-        if v is not None and v != owner
-    ]
+    others = [(f"{n} alone", v, False) for n, v in (row.get("experts") or {}).items() if v is not None and v != owner]
     return others + [(s, row[s], True) for s in STAGES if row.get(s) is not None]
 
 
@@ -191,9 +183,7 @@ def _other(row: Mapping[str, Any]) -> float | None:
 
 def _span(skills: Mapping[str, Mapping[str, Any]]) -> tuple[float, float, float]:
     """Left end (with room for labels), right end (with room for figures), and the least value."""
-    values = [v for row in skills.values() for _, v, _ in _models(row)] + [
-        r["owner"] for r in skills.values()
-    ]
+    values = [v for row in skills.values() for _, v, _ in _models(row)] + [r["owner"] for r in skills.values()]
     low, high = min(values), max(values)
     room = max(high - low, 0.05)
     return low - 0.34 * room, high + 0.12 * room, low - 0.02 * room

@@ -98,9 +98,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if summary.get("peak_bytes"):
         cells.append((size(summary["peak_bytes"]), "peak memory"))
     return (
-        '<div class="facts">'
-        + "".join(f"<div><b>{a}</b><span>{escape(b)}</span></div>" for a, b in cells)
-        + "</div>"
+        '<div class="facts">' + "".join(f"<div><b>{a}</b><span>{escape(b)}</span></div>" for a, b in cells) + "</div>"
     )
 
 
@@ -147,9 +145,7 @@ def _size(summary: Mapping[str, Any]) -> str:
     total = max(sum(experts.values()), summary["parameters"])
     rows = [(name, [(float(count), False)], f"{count:,}") for name, count in experts.items()]
     if len(experts) > 1:
-        rows.append(
-            ("together", [(float(count), False) for count in experts.values()], f"{sum(experts.values()):,}")
-        )
+        rows.append(("together", [(float(count), False) for count in experts.values()], f"{sum(experts.values()):,}"))
     rows.append(("result", [(float(summary["parameters"]), True)], f"{summary['parameters']:,}"))
     return _bars(rows, float(total)) + '<p class="note">Parameters.</p>'
 
@@ -173,9 +169,7 @@ def _knobs(summary: Mapping[str, Any]) -> str:
         return ""
     rows = [_trial(trial, list(summary["skills"])) for trial in trials]
     header = list(dict.fromkeys(key for row in rows for key in row))
-    marked = [
-        bool(chosen) and all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials
-    ]
+    marked = [bool(chosen) and all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials]
     table = _table(header, [[row.get(key, "–") for key in header] for row in rows], marked)
     return table + (
         '<p class="note">Shapes and knobs tried on held-out calibration text, before any training: what each '
@@ -229,12 +223,10 @@ def _bars(rows: Sequence[tuple[str, list[tuple[float, bool]], str]], full: float
     cells = []
     for name, parts, value in rows:
         track = "".join(
-            f'<i{" class=ours" if ours else ""} style="width:{100 * length / full:.2f}%"></i>'
-            for length, ours in parts
+            f'<i{" class=ours" if ours else ""} style="width:{100 * length / full:.2f}%"></i>' for length, ours in parts
         )
         cells.append(
-            f'<span>{escape(name)}</span><span class="track">{track}</span>'
-            f'<span class="value">{escape(value)}</span>'
+            f'<span>{escape(name)}</span><span class="track">{track}</span><span class="value">{escape(value)}</span>'
         )
     return f'<div class="bars">{"".join(cells)}</div>'
 
