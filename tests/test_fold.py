@@ -194,7 +194,8 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
     data = texts(2, rows=12)
     family, shapes = shape(pair, width=24, heads=3, mlp=24)
     bases = folding.bases_of(pair, data, 0)
-    _, knobs, trials = folding.choose(pair, family, shapes, data, bases, recipe.Fold(ridge=1e-3, mute=0.2))
+    choice = folding.choose(pair, family, shapes, data, bases, recipe.Fold(ridge=1e-3, mute=0.2))
+    knobs, trials = choice.knobs, choice.trials
     assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
     assert {t["off_gate"] for t in trials} == {0.0, 2.0}
     assert {t["ridge"] for t in trials} == {1e-3}

@@ -1,6 +1,6 @@
 """Heal: distil a folded model from its experts for a short while, never ending worse than it began.
 
-    minimise  mean over skills and scored positions of KL(teacher ‖ student)
+    minimise  mean over skills and scored positions of KL(teacher ‖ student), lagging skills weighing more
 
 by AdamW (Loshchilov & Hutter 2019) with a small learning rate, linear warm-up and linear decay to zero. Folds
 are fragile (large steps soon destroy what the closed form built), so the *worst skill* on validation text,
@@ -37,7 +37,7 @@ class Heal:
         tokens: read in training, over all skills; more than the text has means further passes over it.
         lr: peak learning rate.
         warmup: share of the run in which it rises.
-        batch_rows: rows a step, shared evenly between the skills.
+        batch_rows: rows a step; the further a skill is behind its owner, the larger its share.
         length: tokens a row.
         teacher: each text's owner, or the union of all experts.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long

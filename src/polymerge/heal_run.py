@@ -134,6 +134,8 @@ class Run:
                     event=self.event,
                 )
             )
+            self.batches.aim(dict(zip(found, over, strict=True)))
+            self.drawn = self.batches.state()
             self.losses, self.event = [], None
         if self.folder is not None:
             self.folder.log([asdict(self.curve[-1])])

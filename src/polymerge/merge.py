@@ -48,6 +48,7 @@ class MergeResult:
     shape: dict[str, Any] = field(default_factory=dict)
     skills: dict[str, dict[str, Any]] = field(default_factory=dict)
     knobs: dict[str, float] = field(default_factory=dict)
+    balance: dict[str, float] = field(default_factory=dict)
     knob_trials: list[dict[str, Any]] = field(default_factory=list)
     heal_curve: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -174,14 +175,12 @@ def merge_fold(
                 clock=clock,
                 progress=progress.advance,
             )
-            write_config(temporary, hf_config(family, done.target, anchor), torch.float32)
+            write_config(temporary, hf_config(family, done.choice.target, anchor), torch.float32)
             record.save_fold(temporary, done, key)
-    result.parameters = planning.parameters(family, done.target)
-    result.shape, result.knobs, result.knob_trials = (
-        record.shape(done.target),
-        asdict(done.knobs),
-        done.trials,
-    )
+    chosen = done.choice
+    result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
+    result.knobs, result.knob_trials = asdict(chosen.knobs), chosen.trials
+    result.balance = dict(zip(sources, chosen.balance, strict=True))
     student, device, dtype = load_student(folder), anchor.device, getattr(torch, recipe.dtype)
     with clock("evaluate"):
         progress.stage("test", len(test))

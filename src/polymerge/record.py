@@ -16,7 +16,7 @@ from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import OutputError
 from polymerge.methods._layers import Knobs
-from polymerge.methods.fold import Folded
+from polymerge.methods.fold import Choice, Folded
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.recipe import Recipe
@@ -54,10 +54,9 @@ def digest(recipe: Recipe, sources: Mapping[str, Source], texts: str) -> str:
 
 def save_fold(writer: CheckpointWriter, folded: Folded, key: str) -> None:
     """What a later call must know of a finished fold."""
-    target = {**asdict(folded.target), "features": sorted(folded.target.features)}
-    data = {
-        "key": key, "target": target, "knobs": asdict(folded.knobs), "excess": folded.excess, "trials": folded.trials,
-    }  # fmt: skip
+    chosen = asdict(folded.choice)
+    chosen["target"]["features"] = sorted(folded.choice.target.features)
+    data = {"key": key, "excess": folded.excess, "choice": chosen}
     writer.text(FOLD, json.dumps(data, indent=1) + "\n")
 
 
@@ -72,9 +71,15 @@ def load_fold(folder: Path, key: str) -> Folded | None:
             f"{folder.parent}: holds the work of another merge (recipe, sources, texts or versions differ); "
             "choose another work folder or delete it"
         )
-    target = data["target"]
-    spec = Spec(**{**target, "features": frozenset(target["features"]), "frequencies": tuple(target["frequencies"])})
-    return Folded(spec, Knobs(**data["knobs"]), data["excess"], data["trials"])
+    chosen = data["choice"]
+    lists = {"features": frozenset, "frequencies": tuple}
+    target = Spec(**{key: lists.get(key, _same)(value) for key, value in chosen["target"].items()})
+    choice = Choice(target, Knobs(**chosen["knobs"]), tuple(chosen["balance"]), chosen["trials"])
+    return Folded(choice, data["excess"])
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def shape(target: Spec) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def finish(
         texts={k: s.split_record() for k, s in skills.items()},
         calibration=calibration,
         seed=recipe.seed,
-        extra={"knobs": result.knobs, "shape": result.shape},
+        extra={"knobs": result.knobs, "balance": result.balance, "shape": result.shape},
     ))  # fmt: skip
     writer.text("README.md", model_card(Card(
         title=f"Merge of {', '.join(recipe.experts)}",

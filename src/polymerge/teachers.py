@@ -7,6 +7,7 @@ rows is their owner, or the union of all experts.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -79,23 +80,36 @@ def kl(student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row tim
 
 
 class Batches:
-    """Rows of each step: equal shares of the skills, each in shuffled passes over its rows.
+    """Rows of each step: a share for every skill, each in shuffled passes over its rows.
 
-    A remainder of `rows` over the skills goes to them in turn. `state()` is what `load` needs to go on.
+    Shares are equal until `aim` moves them towards the skill that lags. What rounding to whole rows leaves over is due
+    in later steps. `state()` is what `load` needs to go on.
     """
 
     def __init__(self, sizes: Mapping[str, int], rows: int, generator: torch.Generator) -> None:
         self.sizes, self.rows, self.generator = dict(sizes), rows, generator
         self.left = {name: torch.empty(0, dtype=torch.int64) for name in sizes}
-        self.turn = 0
+        self.shares = dict.fromkeys(sizes, 1 / len(sizes))
+        self.due = dict.fromkeys(sizes, 0.0)
+
+    def aim(self, excess: Mapping[str, float]) -> None:
+        """Give rows in proportion to how far each skill is behind its owner, at least half of an equal share each.
+
+        A step towards the worst group instead of the mean, as in group DRO (Sagawa et al. 2020).
+        """
+        behind = {name: max(excess[name], 0.0) for name in self.sizes}
+        total, least = sum(behind.values()), 0.5 / len(self.sizes)
+        if total > 0 and math.isfinite(total):
+            self.shares = {name: least + 0.5 * amount / total for name, amount in behind.items()}
 
     def draw(self) -> dict[str, Int64[Tensor, " row"]]:
         """Indices of the next batch's rows by skill; skills with none are left out."""
-        names = list(self.sizes)
-        share, extra = divmod(self.rows, len(names))
-        more = {names[(self.turn + i) % len(names)] for i in range(extra)}
-        self.turn = (self.turn + extra) % len(names)
-        counts = {name: share + (name in more) for name in names}
+        due = {name: self.due[name] + self.rows * share for name, share in self.shares.items()}
+        counts = {name: max(0, math.floor(amount)) for name, amount in due.items()}
+        order = sorted(due, key=lambda name: counts[name] - due[name])  # the largest remainder first
+        for name in order[: self.rows - sum(counts.values())]:
+            counts[name] += 1
+        self.due = {name: due[name] - counts[name] for name in due}
         return {name: self._take(name, n) for name, n in counts.items() if n}
 
     def _take(self, name: str, count: int) -> Tensor:
@@ -107,12 +121,17 @@ class Batches:
 
     def state(self) -> dict[str, Any]:
         """Where the passes stand."""
-        return {"generator": self.generator.get_state(), "left": dict(self.left), "turn": self.turn}
+        return {
+            "generator": self.generator.get_state(),
+            "left": dict(self.left),
+            "shares": dict(self.shares),
+            "due": dict(self.due),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()`."""
         self.generator.set_state(state["generator"])
-        self.left, self.turn = dict(state["left"]), state["turn"]
+        self.left, self.shares, self.due = dict(state["left"]), dict(state["shares"]), dict(state["due"])
 
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ The gradients come from one reverse sweep: layer inputs are cached on the way up
 differentiated alone on the way down, so one layer is in memory at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,9 +124,15 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
     return directions, power / power.sum()
 
 
-def allot(bases: list[Basis], width: int) -> list[int]:
-    """Share `width` dimensions out to the experts, best score first; none goes without, none gets more than it has."""
-    scored = sorted(((-float(score), k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores)))
+def allot(bases: list[Basis], width: int, balance: Sequence[float] | None = None) -> list[int]:
+    """Share `width` dimensions out to the experts, best score first; none goes without, none gets more than it has.
+
+    `balance` multiplies the scores of each expert.
+    """
+    share = balance if balance is not None else [1.0] * len(bases)
+    scored = sorted(
+        ((-float(score) * share[k], k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores))
+    )
     scored.sort(key=lambda entry: entry[2] > 0)  # everyone's first direction comes before all others
     taken = [k for _, k, _ in scored[:width]]
     return [taken.count(k) for k in range(len(bases))]

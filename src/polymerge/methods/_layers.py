@@ -55,6 +55,7 @@ class LayerFold:
         refine: _refine.Refine,
         *,
         bias: frozenset[str] = frozenset(),
+        balance: Sequence[float] | None = None,
         seed: int = 0,
         batch: int = 32,
         progress: Callable[[str], None] = lambda _: None,
@@ -69,7 +70,8 @@ class LayerFold:
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)
-        self.encoders, self.slices = encoders(bases, target.width, self.dtype, first=int(self.constant))
+        self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
+        self.encoders, self.slices = encoders(bases, self.balance, target.width, self.dtype, first=int(self.constant))
         self.outers = [e.outer() for e in experts]
         self.state = self.weight = torch.empty(0)
         self.current: list[Tensor] = []
@@ -104,7 +106,7 @@ class LayerFold:
     # ------------------------------------------------------------------------------------------ stages
 
     def embeddings(self) -> Tensor:
-        """E' = Σ_k E_k P_k, and a constant where one is needed, over tokens that expert k knows; sets the first states."""
+        """E' = Σ_k E_k P_k, and a constant where one is needed, over known tokens; sets the first states."""
         texts, target = self.texts, self.target
         counts = torch.stack(
             [torch.bincount(texts.of(k).flatten(), minlength=target.vocab) for k in range(len(self.experts))]
@@ -251,8 +253,8 @@ class LayerFold:
     def writers(self, features: Features, inputs: int) -> list[Moments]:
         """Per expert: moments from hidden features onto what its slice still lacks.
 
-        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram matrix for each
-        owner serves all slices, and only the positions that differ (shared beginnings) are counted apart.
+        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram
+        matrix for each owner serves all slices, and only positions that differ (shared beginnings) are counted apart.
         """
         out = [Moments.zeros(inputs, s.stop - s.start, self.device) for s in self.slices]
         shared = torch.zeros(len(self.experts), inputs, inputs, dtype=torch.float64, device=self.device)
@@ -280,7 +282,7 @@ class LayerFold:
         shares = [
             prune.Writer(
                 m.damped(self.knobs.ridge) / max(m.weight, 1e-30),
-                m.solve(self.knobs.ridge) @ root(self._metric(k, layer, where)),
+                m.solve(self.knobs.ridge) @ root(self.balance[k] * self._metric(k, layer, where)),
             )
             for k, m in enumerate(writers)
         ]
@@ -394,11 +396,11 @@ class LayerFold:
 
 
 def encoders(
-    bases: Sequence[width.Basis], total: int, dtype: torch.dtype, first: int = 0
+    bases: Sequence[width.Basis], balance: Sequence[float], total: int, dtype: torch.dtype, first: int = 0
 ) -> tuple[list[Tensor], list[slice]]:
     """P_k (resid_k, total) and each expert's slice, from dimension `first` on."""
     matrices, slices, start = [], [], first
-    for basis, n in zip(bases, width.allot(list(bases), total - first), strict=True):
+    for basis, n in zip(bases, width.allot(list(bases), total - first, balance), strict=True):
         matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
         matrix[:, start : start + n] = basis.directions[:, :n].cpu()
         matrices.append(matrix)

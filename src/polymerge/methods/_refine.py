@@ -39,7 +39,8 @@ def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict
         total = out.new_zeros(())
         for k, part in enumerate(fold.slices):
             goal, weight = fold.goal(k, rows)
-            total = total + ((out[..., part] - goal).pow(2).mean(-1) * weight).mean() / power[k].clamp_min(1e-12)
+            error = ((out[..., part] - goal).pow(2).mean(-1) * weight).mean() / power[k].clamp_min(1e-12)
+            total = total + fold.balance[k] * error
         return total
 
     _descend(fold, [p for p in params.values() if p.requires_grad], loss, fold.refine.steps, fold.refine.lr)

@@ -21,7 +21,7 @@ activations, for equal architectures; FS-Merge (2025) reconstructs features acro
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ from polymerge.recipe import Fold
 BASIS_ROWS = 64
 TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BETTER = 0.99
+"""A trial's gain below a hundredth is within the noise of so few rows."""
+TILT, TILTS = 2.0, 4
 GRIDS: dict[str, tuple[float, ...]] = {
     "off_gate": (2.0,),
     "mute": (0.1,),
@@ -48,14 +50,25 @@ GRIDS: dict[str, tuple[float, ...]] = {
 """Values tried for each knob beside its start, in this order; the start is `Knobs()`."""
 
 
-@dataclass
-class Folded:
-    """What a fold did. `excess`: held-out bits per byte over each owner; `trials`: what was tried on the way."""
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen on held-out text: the shape, the knobs, each expert's `balance`; and the trials behind it.
+
+    `balance` weighs the experts where they compete: for dimensions of the stream, heads, neurons and refinement.
+    """
 
     target: Spec
     knobs: Knobs
-    excess: list[float]
+    balance: tuple[float, ...]
     trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold did. `excess`: held-out bits per byte over each owner."""
+
+    choice: Choice
+    excess: list[float]
 
 
 def fold(
@@ -79,22 +92,21 @@ def fold(
     with clock("basis"):
         bases = bases_of(experts, texts, seed)
     with clock("choose"):
-        target, knobs, trials = choose(experts, family, shapes, texts, bases, settings, seed, progress)
-    refine = Refine(steps=settings.refine, lr=settings.refine_lr, head_steps=settings.refine)
+        choice = choose(experts, family, shapes, texts, bases, settings, seed, progress)
     run = LayerFold(
         experts,
-        target,
+        choice.target,
         texts,
         bases,
-        knobs,
-        refine,
+        choice.knobs,
+        Refine(steps=settings.refine, lr=settings.refine_lr, head_steps=settings.refine),
         bias=family.bias,
+        balance=choice.balance,
         seed=seed,
         progress=progress,
         clock=clock,
     )
-    excess = run.run(emit(target))
-    return Folded(target, knobs, excess, trials)
+    return Folded(choice, run.run(emit(choice.target)))
 
 
 def bases_of(experts: Sequence[Source], texts: Calibration, seed: int) -> list[Basis]:
@@ -114,46 +126,59 @@ def choose(
     settings: Fold,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
-) -> tuple[Spec, Knobs, list[dict[str, Any]]]:
-    """Shape, then knobs one at a time, by the worst skill of closed-form folds of a few rows, on held-out rows."""
+) -> Choice:
+    """Shape, then knobs one at a time, then balance, by the worst skill of closed-form folds of a few rows.
+
+    Deterministic coordinate descent: a change stays if the held-out worst skill gains by more than the noise.
+    """
     few = texts.subset(TRIAL_ROWS, TRIAL_HELD_OUT)
     quick = Refine(steps=0, head_steps=TRIAL_HEAD_STEPS)
     trials: list[dict[str, Any]] = []
 
-    def worst(spec: Spec, knobs: Knobs) -> float:
+    def tried(spec: Spec, knobs: Knobs, balance: tuple[float, ...]) -> list[float]:
         progress(f"trial {len(trials) + 1}: width {spec.width}, {knobs}")
-        run = LayerFold(experts, spec, few, bases, knobs, quick, bias=family.bias, seed=seed)
-        excess = run.run(_nowhere)
-        score = max(excess) if all(math.isfinite(x) for x in excess) else math.inf
-        trials.append({
-            "width": spec.width, "heads": spec.heads, "mlp": spec.mlp,
-            "ridge": knobs.ridge, "mute": knobs.mute, "off_gate": knobs.off_gate, "off_weight": knobs.off_weight,
-            "excess": excess, "worst": score,
-        })  # fmt: skip
-        return score
+        run = LayerFold(experts, spec, few, bases, knobs, quick, bias=family.bias, balance=balance, seed=seed)
+        excess = [x if math.isfinite(x) else math.inf for x in run.run(_nowhere)]
+        shape = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
+        trials.append({**shape, **asdict(knobs), "balance": balance, "excess": excess, "worst": max(excess)})
+        return excess
 
     given = {name: getattr(settings, name) for name in GRIDS if getattr(settings, name) is not None}
-    knobs = replace(Knobs(), **given)
-    free = [name for name in GRIDS if name not in given] if len(experts) > 1 else []
-    if len(shapes) == 1 and not free:
-        return shapes[0], knobs, trials
-    # Worst skill against width has one valley: walk down it from the middle.
-    at = len(shapes) // 2
-    best = worst(shapes[at], knobs)
-    for step in (1, -1):
-        start = at
-        while 0 <= at + step < len(shapes) and (score := worst(shapes[at + step], knobs)) < best:
-            best, at = score, at + step
-        if at != start:
-            break
-    target = shapes[at]
+    knobs, balance = replace(Knobs(), **given), (1.0,) * len(experts)
+    free = [name for name in GRIDS if name not in given]
+    if len(experts) == 1 or (len(shapes) == 1 and not free):
+        return Choice(shapes[-1], knobs, balance)
+    target, best = _walk(shapes, lambda spec: tried(spec, knobs, balance))
     for name in free:
         for value in GRIDS[name]:
-            tried = replace(knobs, **{name: value})
-            # A hundredth is within the noise of so few rows: the start stays then.
-            if (score := worst(target, tried)) < BETTER * best:
-                best, knobs = score, tried
-    return target, knobs, trials
+            other = replace(knobs, **{name: value})
+            excess = tried(target, other, balance)
+            if max(excess) < BETTER * max(best):
+                best, knobs = excess, other
+    for _ in range(TILTS):
+        worst = best.index(max(best))
+        tilted = tuple(b * (TILT if k == worst else 1.0) for k, b in enumerate(balance))
+        excess = tried(target, knobs, tilted)
+        if max(excess) >= BETTER * max(best):
+            break
+        best, balance = excess, tilted
+    return Choice(target, knobs, balance, trials)
+
+
+def _walk(shapes: Sequence[Spec], tried: Callable[[Spec], list[float]]) -> tuple[Spec, list[float]]:
+    """The shape of the least worst skill and its excess: one valley over width, walked down from the middle."""
+    at = len(shapes) // 2
+    best = tried(shapes[at])
+    for step in (1, -1):
+        start = at
+        while 0 <= at + step < len(shapes):
+            excess = tried(shapes[at + step])
+            if max(excess) >= max(best):
+                break
+            best, at = excess, at + step
+        if at != start:
+            break
+    return shapes[at], best
 
 
 def _nowhere(layer: int | None, weights: dict[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ def page(summary: Mapping[str, Any]) -> str:
         ("Size", _size(summary)),
         ("Healing", _healing(summary)),
         ("Time and memory", _cost(summary)),
-        ("Knobs of the fold", _knobs(summary)),
+        ("Shapes and knobs of the fold", _knobs(summary)),
         ("What was found before the merge", _findings(summary)),
         ("Samples", _samples(summary)),
         ("Recipe", _pre(summary.get("recipe"))),
@@ -164,12 +164,13 @@ def _cost(summary: Mapping[str, Any]) -> str:
 
 
 def _knobs(summary: Mapping[str, Any]) -> str:
-    trials, chosen = summary.get("knob_trials") or [], summary.get("knobs") or {}
+    trials = summary.get("knob_trials") or []
+    chosen = {**(summary.get("shape") or {}), **(summary.get("knobs") or {})}
     if not trials:
         return ""
     rows = [_trial(trial, list(summary["skills"])) for trial in trials]
     header = list(dict.fromkeys(key for row in rows for key in row))
-    marked = [bool(chosen) and all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials]
+    marked = [all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials]
     table = _table(header, [[row.get(key, "–") for key in header] for row in rows], marked)
     return table + (
         '<p class="note">Shapes and knobs tried on held-out calibration text, before any training: what each '

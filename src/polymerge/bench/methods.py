@@ -1,0 +1,151 @@
+"""What is compared: our methods, the controls, and every rival in `methods/`; one table for all suites.
+
+A suite gives a *bed*: the experts of one case with all that is measured on them. A method is a name in `METHODS` and a
+method of the bed. A rival is a module of `polymerge.methods` with a class `Method`; it is found by itself and run by
+the bed's `rival`, in the shape that the fold was given.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from polymerge import methods as package
+from polymerge import plan as planning
+from polymerge._suggest import unknown
+from polymerge.errors import PolymergeError, PreflightError
+from polymerge.model.spec import Family, Spec
+
+METHODS: dict[str, tuple[str, str]] = {
+    "expert": ("baseline", "the architecture trained from scratch on its task"),
+    "union": ("ours", "all experts whole, mixed by the Bayesian gate"),
+    "fold": ("ours", "closed form into one model, nothing trained end to end"),
+    "fold_heal": ("ours", "the fold, then a short distillation from the owners"),
+    "anchor": ("control", "the anchor alone"),
+    "best_expert": ("control", "the single expert whose worst skill is best"),
+    "ensemble": ("control", "mean of the experts' probabilities"),
+    "anchor_distill": ("control", "the anchor padded to the same size, distilled on the same tokens"),
+    "scratch_distill": ("control", "the same size from random weights, distilled on the same tokens"),
+    "shrink": ("control", "the fold of the anchor alone into the same size"),
+    "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
+}
+"""Name -> (group, what it is). Rivals are added by `known`."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome:
+    """What one method gave: test scores by skill, and what it took beside the time that the runner measures.
+
+    `reused`: (wall, CPU) seconds of work that an earlier method of the same bed did and that counts here as well.
+    """
+
+    scores: dict[str, float]
+    parameters: int | None = None
+    size: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    steps: int = 0
+    notes: str = ""
+    reused: tuple[float, float] = (0.0, 0.0)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Bed(Protocol):
+    """The experts of one case, loaded; beside these attributes it has a method for every name it can do."""
+
+    metric: str
+    owners: dict[str, float]
+    anchor_scores: dict[str, float]
+    expert_parameters: dict[str, int]
+    budget: str
+    setting: dict[str, Any]
+
+    def rival(self, method: Any) -> Outcome:
+        """Run a rival in the fold's shape."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a suite's list: a name, what it needs, and the methods that make sense for it (None: all)."""
+
+    name: str
+    protocol: str
+    detail: Any
+    methods: tuple[str, ...] | None = None
+
+
+class Once:
+    """A piece of work that several methods share: done once, its cost told to all who come later."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.work, self.cost, self.done = work, (0.0, 0.0), False
+        self.value: Any = None
+
+    def __call__(self) -> tuple[Any, tuple[float, float]]:
+        """The result, and the (wall, CPU) seconds of it that the caller has not spent itself."""
+        if self.done:
+            return self.value, self.cost
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.value = self.work()
+        self.cost, self.done = (time.perf_counter() - wall, time.process_time() - cpu), True
+        return self.value, (0.0, 0.0)
+
+
+def rivals() -> dict[str, Any]:
+    """Rival methods by name: the modules of `polymerge.methods` that have a class `Method`."""
+    found = {name: importlib.import_module(f"{package.__name__}.{name}") for name in package.names()}
+    return {name: module.Method for name, module in found.items() if hasattr(module, "Method")}
+
+
+def known() -> dict[str, tuple[str, str]]:
+    """All methods: name -> (group, what it is)."""
+    others = rivals()
+    about = {name: (cls.__doc__ or importlib.import_module(cls.__module__).__doc__ or "") for name, cls in others.items()}
+    return METHODS | {n: ("rival", text.strip().split("\n")[0]) for n, text in about.items() if n not in METHODS}
+
+
+def chosen(asked: Sequence[str] | None) -> list[str]:
+    """The methods to run, in the table's order. Raises PolymergeError for an unknown name."""
+    names = list(known())
+    for name in asked or ():
+        if name not in names:
+            raise PolymergeError(unknown("method", name, names))
+    return [name for name in names if not asked or name in asked]
+
+
+def run(bed: Bed, name: str) -> Outcome:
+    """One method on a bed. Raises PreflightError where it cannot do the case."""
+    if name in METHODS:
+        work = getattr(bed, name, None)
+        if work is None:
+            raise PreflightError(f"{name}: this suite has no such run")
+        outcome: Outcome = work()
+        return outcome
+    return bed.rival(rivals()[name]())
+
+
+def holding(family: Family, anchor: Spec, target: Spec) -> Spec:
+    """A shape with at most the target's parameters that holds the anchor: its width and heads, new layers and neurons.
+
+    For the padded control where the target is narrower than the anchor. Raises PreflightError when there is none.
+    """
+    budget = planning.parameters(family, target)
+    base = replace(
+        target, width=anchor.width, heads=anchor.heads, kv_heads=anchor.kv_heads, head_size=anchor.head_size,
+        frequencies=anchor.frequencies, rope_scale=anchor.rope_scale, rope_theta=anchor.rope_theta,
+    )  # fmt: skip
+    for layers in range(max(target.layers, anchor.layers), anchor.layers - 1, -1):
+        empty = replace(base, layers=layers, mlp=0)
+        least = planning.parameters(family, empty)
+        mlp = (budget - least) // (planning.parameters(family, replace(empty, mlp=1)) - least)
+        if mlp >= anchor.mlp:
+            return replace(empty, mlp=mlp)
+    raise PreflightError(f"{budget:,} parameters do not hold the anchor (width {anchor.width}, {anchor.layers} layers)")
+
+
+def size_of(spec: Spec) -> dict[str, Any]:
+    """A shape as plain data."""
+    keys = ("family", "layers", "width", "heads", "kv_heads", "head_size", "mlp")
+    return {key: getattr(spec, key) for key in keys}

@@ -1,0 +1,194 @@
+"""Suite `modular`: the seed experiment's tasks, by experts of different depth, width and heads, merged.
+
+Two protocols: *same* (two experts of one task and different architecture, the seed's runs 1 to 4) and *cross* (experts
+of different tasks, two or all four in one model); *baseline* is one architecture from scratch, the seed's run 0. Score:
+share of right answers on test pairs. Experts are Llama models trained by `train.py`; they are build products, kept
+in a cache folder under a hash of all that they depend on.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polymerge import families
+from polymerge.bench.methods import Case
+from polymerge.bench.distil import Distil
+from polymerge.bench.tasks import TASKS, Arithmetic
+from polymerge.bench.tokens import TokenFold
+from polymerge.bench.train import Training, train
+from polymerge.checkpoint.writer import CheckpointWriter
+from polymerge.model.source import Source
+from polymerge.model.spec import Spec
+from polymerge.model.target import sink, write_config
+
+RECIPE_VERSION = 1
+"""Part of the cache's key: raise it when training changes in a way that the settings don't show."""
+
+SHAPES = {"base": (2, 128, 4), "layers": (4, 128, 4), "width": (2, 256, 4), "heads": (2, 128, 8), "all": (4, 256, 8)}
+"""The seed's architectures: (layers, width, heads) of the base and of what differs from it in runs 1 to 4."""
+RUNS = {"layers": 1, "width": 2, "heads": 3, "all": 4}
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """An expert to train: a task, a shape, the share of pairs it sees, and its weight decay."""
+
+    task: str
+    layers: int
+    width: int
+    heads: int
+    share: float = 0.5
+    weight_decay: float = 0.5
+
+    @property
+    def name(self) -> str:
+        """Such as x_div_y-2x128x4."""
+        return f"{self.task}-{self.layers}x{self.width}x{self.heads}"
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What a case merges. `budget`: "sum" or "largest" of the experts' parameters, or "union"."""
+
+    experts: tuple[ExpertPlan, ...]
+    budget: str = "sum"
+    run: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a profile decides."""
+
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    training: Training = field(default_factory=Training)
+    fold: TokenFold = field(default_factory=TokenFold)
+    distil: Distil = field(default_factory=Distil)
+
+
+PROFILES = {
+    "quick": Settings(distil=Distil(steps=60, lrs=(3e-4, 1e-3))),
+    "full": Settings(training=Training(enough=None)),
+}
+
+
+def expert(task: str, shape: str) -> ExpertPlan:
+    """A task at one of the seed's shapes. S5 has 14,400 pairs and needs more of them than half to be learned."""
+    return ExpertPlan(task, *SHAPES[shape], share=0.8 if task == "permutation" else 0.5)
+
+
+def cases(profile: str) -> list[Case]:
+    """The cases of a profile, cheap ones first."""
+    if profile == "quick":
+        tasks, kinds, pairs = ["x_plus_y"], ["all"], [("x_div_y", "x_plus_y")]
+    else:
+        tasks, kinds = list(TASKS), list(RUNS)
+        pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
+    same = [
+        Case(f"same/{task}/{kind}", "same", Detail((expert(task, "base"), expert(task, kind)), run=RUNS[kind]))
+        for task in tasks
+        for kind in kinds
+    ]
+    budgets = ["sum"] if profile == "quick" else ["largest", "sum", "union"]
+    cross = [
+        Case(f"cross/{a}+{b}/{kind}/{budget}", "cross", Detail((expert(a, "base"), expert(b, kind)), budget))
+        for a, b in pairs
+        for kind in kinds
+        for budget in budgets
+    ]
+    if profile == "full":
+        four = tuple(expert(task, shape) for task, shape in zip(TASKS, ("base", "layers", "heads", "all"), strict=True))
+        cross += [Case(f"cross/four/{budget}", "cross", Detail(four, budget)) for budget in budgets]
+    plans = dict.fromkeys(plan for case in same + cross for plan in case.detail.experts)
+    baseline = [Case(f"baseline/{plan.name}", "baseline", Detail((plan,)), ("expert",)) for plan in plans]
+    return baseline + same + cross
+
+
+def spec_of(plan: ExpertPlan, arithmetic: Arithmetic) -> Spec:
+    """The Llama decoder of a plan: SwiGLU of 2.75 times the width, heads that divide it, no biases."""
+    size = plan.width // plan.heads
+    return Spec(
+        family="llama", vocab=arithmetic.vocab, width=plan.width, layers=plan.layers, heads=plan.heads,
+        kv_heads=plan.heads, head_size=size, mlp=plan.width * 11 // 4, norm="rms", eps=1e-6, activation="silu",
+        gated=True, tied=False, max_positions=16,
+        frequencies=tuple(10000.0 ** (-2 * i / size) for i in range(size // 2)), features=frozenset({"head"}),
+    )  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Where experts are kept: POLYMERGE_CACHE, or the user's cache folder."""
+    place = os.environ.get("POLYMERGE_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(place) / "polymerge-bench" if place else Path.home() / ".cache" / "polymerge-bench"
+
+
+def trained(
+    plan: ExpertPlan,
+    settings: Settings,
+    seed: int,
+    *,
+    cache: Path,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Path, dict[str, Any]]:
+    """(folder, what training it gave) of an expert; trained now unless the cache has it."""
+    training = replace(settings.training, weight_decay=plan.weight_decay)
+    depends = {
+        "version": RECIPE_VERSION, "plan": asdict(plan), "seed": seed,
+        "training": asdict(training), "arithmetic": asdict(settings.arithmetic),
+    }  # fmt: skip
+    text = json.dumps(depends, sort_keys=True)
+    folder = cache / f"{plan.name}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    record = folder / "training.json"
+    if record.is_file():
+        return folder, json.loads(record.read_text(encoding="utf-8"))
+    split = settings.arithmetic.split(plan.task, seed, plan.share)
+    spec, family = spec_of(plan, settings.arithmetic), families.get("llama")
+    done = train(
+        spec, split.train, split.validation, training, seed,
+        device=device, progress=lambda note: progress(f"{plan.name}: {note}"),
+    )  # fmt: skip
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".training-") as scratch:
+        made = Path(scratch) / "model"
+        from transformers import AutoConfig
+
+        assert family.write is not None
+        config = AutoConfig.for_model("llama", **family.write(spec), bos_token_id=None, eos_token_id=None)
+        config.architectures = [family.architecture]
+        with CheckpointWriter(made) as writer:
+            emit = sink(family, spec, writer)
+            for layer, weights in done.weights.items():
+                emit(layer, {role: w.detach().cpu() for role, w in weights.items()})
+            write_config(writer, config, torch.float32)
+            writer.text("training.json", json.dumps(done.summary() | {"depends": depends}, indent=1) + "\n")
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster; its expert is the same
+            if not record.is_file():
+                raise
+    return folder, json.loads(record.read_text(encoding="utf-8"))
+
+
+def shuffled(source: Path, folder: Path, seed: int) -> Path:
+    """A copy of a checkpoint with the entries of every tensor in random order: its statistics without its knowledge."""
+    from polymerge.checkpoint.reader import Checkpoint
+
+    checkpoint, generator = Checkpoint(source), torch.Generator().manual_seed(seed)
+    with CheckpointWriter(folder) as writer:
+        for name in checkpoint.names:
+            tensor = checkpoint.tensor(name)
+            order = torch.randperm(tensor.numel(), generator=generator)
+            writer.add(name, tensor.flatten()[order].view(tensor.shape))
+        writer.copy(source / "config.json")
+    return folder
+
+
+def opened(folder: Path, device: str) -> Source:
+    """An expert of the cache."""
+    return Source(folder, device=device)

@@ -1,0 +1,169 @@
+"""The benchmark's results: one JSON line per run of one method on one case; every table is made from these alone.
+
+A line is appended with one write under a lock and synced, so that a kill leaves at most one half-written line, at the
+end: it is not read, and the next append cuts it off. A row's key (suite, profile, case, seed, method) is what a
+resumed benchmark skips; of two rows with one key the later counts.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from polymerge.errors import OutputError
+
+FILE = "rows.jsonl"
+Key = tuple[str, str, str, int, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one case with one seed.
+
+    Attributes:
+        suite: modular or text.
+        profile: quick or full.
+        case: name of the case; its protocol, tasks and experts are in `setting`.
+        seed: of the experts, their data split and the method.
+        method: a method's name.
+        status: "ok", or "cannot" with the `reason`.
+        metric: "accuracy" (more is better) or "bits per byte" (less is better), on test data.
+        scores: skill -> metric; `owners` and `anchor` likewise for each skill's owner and for the anchor alone.
+        worst: the score of the skill that lost most against its owner; `worst_skill` names it.
+        gap_closed: (merged - anchor) / (owner - anchor), the least over the skills that the anchor lacks.
+        size: shape of the result; `budget` what was allowed, such as "sum" or "1.5x".
+        parameters: of the result; `expert_parameters` of each expert.
+        tokens: read by gradient training on top of calibration.
+        steps: of that training.
+        seconds: wall; `cpu_seconds` of this process; `peak_bytes` resident (GPU: allocated) during the run.
+        command: runs this row again.
+        extra: curves, knobs and what else a report may show.
+    """
+
+    suite: str
+    profile: str
+    case: str
+    seed: int
+    method: str
+    status: Literal["ok", "cannot"] = "ok"
+    reason: str | None = None
+    metric: str = "accuracy"
+    scores: dict[str, float] = field(default_factory=dict)
+    owners: dict[str, float] = field(default_factory=dict)
+    anchor: dict[str, float] = field(default_factory=dict)
+    worst: float | None = None
+    worst_skill: str | None = None
+    gap_closed: float | None = None
+    budget: str = ""
+    size: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    expert_parameters: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
+    device: str = ""
+    commit: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    notes: str = ""
+    setting: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What makes a row the same row."""
+        return (self.suite, self.profile, self.case, self.seed, self.method)
+
+
+def summarise(
+    scores: Mapping[str, float], owners: Mapping[str, float], anchor: Mapping[str, float], metric: str
+) -> dict[str, Any]:
+    """`worst`, `worst_skill` and `gap_closed` of a result (see `Row`)."""
+    if not scores:
+        return {}
+    up = 1 if metric == "accuracy" else -1
+    name = min(scores, key=lambda skill: (up * (scores[skill] - owners[skill]), skill))
+    gaps = [
+        (scores[skill] - anchor[skill]) / (owners[skill] - anchor[skill])
+        for skill in scores
+        if skill in anchor and up * (owners[skill] - anchor[skill]) > 1e-3  # noqa: PLR2004  below: the anchor's own
+    ]
+    return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
+
+
+class Store:
+    """The rows of a folder. Raises OutputError where it cannot be written."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / FILE
+
+    def read(self) -> list[Row]:
+        """All whole rows, the last one of each key, sorted by key."""
+        return [found for _, found in sorted({row.key: row for row in self._parsed()}.items())]
+
+    def keys(self) -> frozenset[Key]:
+        """Keys of the finished rows."""
+        return frozenset(row.key for row in self._parsed())
+
+    def append(self, row: Row) -> None:
+        """Add one row, whole or not at all."""
+        line = json.dumps(_finite(asdict(row)), sort_keys=True, allow_nan=False).encode() + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _cut_half_line(file.fileno())
+                os.write(file.fileno(), line)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def _parsed(self) -> list[Row]:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return [parse(line, f"{self.path}:{i}") for i, line in enumerate(data.split(b"\n")[:-1], 1) if line.strip()]
+
+
+def parse(line: bytes, where: str) -> Row:
+    """A row from its line. Raises OutputError: a whole line that is no row is damage that no kill explains."""
+    known = [f.name for f in fields(Row)]
+    try:
+        data = json.loads(line)
+        return Row(**{key: value for key, value in data.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise OutputError(f"{where}: not a row of results ({error}); delete the line to run it again") from error
+
+
+def select(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """The rows whose fields have the given values."""
+    return [row for row in rows if all(getattr(row, key) == value for key, value in wanted.items())]
+
+
+def _cut_half_line(file: int) -> None:
+    """Truncate after the last line break: what follows it was being written when the process died."""
+    end = size = os.fstat(file).st_size
+    while end and os.pread(file, 1, end - 1) != b"\n":
+        block = os.pread(file, min(4096, end), end - min(4096, end))
+        at = block.rfind(b"\n")
+        end = 0 if at < 0 and end <= len(block) else end - len(block) + at + 1
+    if end != size:
+        os.ftruncate(file, end)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,171 @@
+"""The fold on rows of tokens that have no text behind them: experts that answer at the third token only.
+
+`fold.fold` chooses shape and knobs by the loss of the next token at every position, on few rows of many tokens. Here a
+row has three tokens and only the last one's prediction means anything, so the choice is made by KL(owner ‖ fold) there,
+on validation rows, by the same walk: shape first, then the knobs one at a time. The fold itself is the tool's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from polymerge.align.width import Basis, residual_basis
+from polymerge.bench.train import Weights
+from polymerge.calibrate.calibration import Calibration
+from polymerge.calibrate.ownership import by_prefix
+from polymerge.checkpoint.writer import CheckpointWriter
+from polymerge.methods._layers import Knobs, LayerFold
+from polymerge.methods._refine import Refine
+from polymerge.methods.fold import BETTER, GRIDS
+from polymerge.model.source import Source
+from polymerge.model.spec import Family, Spec
+from polymerge.model.target import hf_config, load_student, sink, write_config
+
+
+@dataclass(frozen=True)
+class TokenFold:
+    """Rows an expert for the basis and for trials; refinement of `steps` of `rows` rows a block."""
+
+    basis_rows: int = 2048
+    trial_rows: int = 1024
+    trial_held_out: int = 512
+    refine: Refine = field(default_factory=lambda: Refine(steps=60, rows=256, head_steps=60))
+    batch: int = 2048
+
+
+@dataclass
+class FoldedTokens:
+    """The folded model, the knobs, held-out KL in nats by expert, and what was tried."""
+
+    target: Spec
+    weights: Weights
+    knobs: Knobs
+    divergence: list[float]
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+def calibration(
+    fitted: Sequence[Int[Tensor, "row 4"]], held_out: Sequence[Int[Tensor, "row 4"]], owners: Sequence[int], experts: int
+) -> Calibration:
+    """Rows (x, operation, y) of every skill, each with the expert that owns it; only the last position is scored."""
+    parts = [(o, fit, r[:, :3]) for group, fit in ((fitted, True), (held_out, False)) for o, r in zip(owners, group, strict=True)]
+    tokens = torch.cat([r for _, _, r in parts])
+    owner = torch.cat([torch.full((len(r),), o) for o, _, r in parts])
+    fit = torch.cat([torch.full((len(r),), f) for _, f, r in parts])
+    return Calibration(
+        tokens=tokens,
+        owner=owner,
+        fit=fit,
+        owned=by_prefix(tokens, owner, experts),
+        scored=torch.tensor([False, False, True]),
+        bytes_per_token=(1.0,) * experts,
+    )
+
+
+def fold_tokens(
+    experts: Sequence[Source],
+    family: Family,
+    shapes: Sequence[Spec],
+    texts: Calibration,
+    settings: TokenFold,
+    seed: int = 0,
+) -> FoldedTokens:
+    """Fold into the best of the shapes, knobs chosen on the rows that are held out."""
+    bases = [
+        residual_basis(
+            e, texts.of(k)[: settings.basis_rows], texts.scored, torch.Generator().manual_seed(seed + k), batch=1024
+        )
+        for k, e in enumerate(experts)
+    ]
+    few = texts.subset(settings.trial_rows, settings.trial_held_out)
+    quick = replace(settings.refine, steps=0, head_steps=20)
+    trials: list[dict[str, Any]] = []
+
+    def worst(spec: Spec, knobs: Knobs) -> float:
+        found = _once(experts, family, spec, few, bases, knobs, quick, settings.batch, seed)
+        size = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
+        trials.append({**size, **vars(knobs), "divergence": found.divergence})
+        return max(found.divergence)
+
+    target, knobs = walk(shapes, worst, several=len(experts) > 1)
+    result = _once(experts, family, target, texts, bases, knobs, settings.refine, settings.batch, seed)
+    result.trials = trials
+    return result
+
+
+def walk(shapes: Sequence[Spec], worst: Any, *, several: bool) -> tuple[Spec, Knobs]:
+    """Down the valley of width from the middle, then each knob's other values, as `fold.choose` does."""
+    knobs, at, best = Knobs(), len(shapes) // 2, float("inf")
+    if len(shapes) > 1 or several:
+        best = worst(shapes[at], knobs)
+    for step in (1, -1):
+        start = at
+        while 0 <= at + step < len(shapes) and (score := worst(shapes[at + step], knobs)) < best:
+            best, at = score, at + step
+        if at != start:
+            break
+    for name, values in GRIDS.items() if several else ():
+        for value in values:
+            tried = replace(knobs, **{name: value})
+            if (score := worst(shapes[at], tried)) < BETTER * best:
+                best, knobs = score, tried
+    return shapes[at], knobs
+
+
+def _once(
+    experts: Sequence[Source],
+    family: Family,
+    target: Spec,
+    texts: Calibration,
+    bases: Sequence[Basis],
+    knobs: Knobs,
+    refine: Refine,
+    batch: int,
+    seed: int,
+) -> FoldedTokens:
+    weights: Weights = {}
+    run = LayerFold(experts, target, texts, bases, knobs, refine, bias=family.bias, seed=seed, batch=batch)
+    run.run(lambda layer, some: weights.setdefault(layer, {}).update(some))
+    return FoldedTokens(target, weights, knobs, held_out(run, weights[None]["head.weight"]))
+
+
+@torch.no_grad()
+def held_out(run: LayerFold, head: Tensor) -> list[float]:
+    """KL(owner ‖ fold) in nats at the scored position of the rows that no regression saw, by owner; inf if not finite."""
+    sums = torch.zeros(len(run.experts), 2, dtype=torch.float64)
+    for rows in torch.nonzero(~run.texts.fit).flatten().split(run.batch):
+        goal = run.teacher(rows)[:, -1].log_softmax(-1)
+        ours = F.linear(run.normalised(rows)[:, -1], head).log_softmax(-1)
+        nats = F.kl_div(ours, goal, log_target=True, reduction="none").sum(-1).double().cpu()
+        sums.index_add_(0, run.texts.owner[rows], torch.stack([nats, torch.ones_like(nats)], dim=1))
+    mean = sums[:, 0] / sums[:, 1].clamp_min(1)
+    return torch.where(mean.isfinite(), mean, torch.inf).tolist()
+
+
+def save(folder: Path, family: Family, spec: Spec, weights: Mapping[int | None, Mapping[str, Tensor]], anchor: Source) -> None:
+    """The model as a plain Hugging Face folder."""
+    with CheckpointWriter(folder) as writer:
+        emit = sink(family, spec, writer)
+        for layer, part in weights.items():
+            emit(layer, {role: w.detach().cpu() for role, w in part.items()})
+        write_config(writer, hf_config(family, spec, anchor), torch.float32)
+
+
+@torch.no_grad()
+def accuracy(folder: Path, tests: Mapping[str, Int[Tensor, "row 4"]], device: str = "cpu") -> dict[str, float]:
+    """Share of right answers of a Hugging Face folder on every skill, as transformers runs it."""
+    model = load_student(folder).to(device)
+    found = {}
+    for name, rows in tests.items():
+        right = 0
+        for part in rows.split(1024):
+            logits = model(input_ids=part[:, :3].to(device), use_cache=False).logits[:, -1]
+            right += int((logits.argmax(-1).cpu() == part[:, 3]).sum())
+        found[name] = right / len(rows)
+    return found
