@@ -8,6 +8,7 @@ interrupted and called again: a finished fold is not repeated, healing goes on w
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ import torch
 
 from polymerge import heal as healing
 from polymerge import plan as planning
-from polymerge import preflight, record
+from polymerge import preflight, record, threads
 from polymerge.calibrate.calibration import Calibration, gather
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
@@ -27,7 +28,9 @@ from polymerge.clock import Clock, peak_bytes
 from polymerge.evaluate import bits_per_byte
 from polymerge.methods import fold as folding
 from polymerge.methods import union
+from polymerge.methods._layers import Emit
 from polymerge.model.source import Source
+from polymerge.model.spec import Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
 from polymerge.progress import Progress, Quiet
 from polymerge.recipe import Recipe, read
@@ -51,6 +54,7 @@ class MergeResult:
     balance: dict[str, float] = field(default_factory=dict)
     knob_trials: list[dict[str, Any]] = field(default_factory=list)
     heal_curve: list[dict[str, Any]] = field(default_factory=list)
+    heal_reference: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -68,6 +72,9 @@ class MergeResult:
         worst = self.worst_skill
         return {
             **plain,
+            "seconds": self.seconds.get("total"),
+            "stage_seconds": self.seconds,
+            "stage_cpu_seconds": self.cpu_seconds,
             "out": str(self.out) if self.out else None,
             "worst_skill": {"name": worst[0], "excess": worst[1]} if worst else None,
             "preflight": self.report.summary(),
@@ -97,10 +104,11 @@ def merge(
         PolymergeError: recipe, source, text, size or output are not fit, with one line that says why.
     """
     clock, progress, out = Clock(), progress or Quiet(), Path(out)
-    with clock("total"):
+    with clock("total"), ExitStack() as stack:
         recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
         progress.stage("preflight")
         sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
+        stack.enter_context(threads.fitting(max(s.spec.width for s in sources.values())))
         tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
         skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
         sizes = {k: s.parameters for k, s in sources.items()}
@@ -162,7 +170,12 @@ def merge_fold(
     key = record.digest(recipe, sources, texts.digest())
     done = record.load_fold(folder, key)
     if done is None:
-        progress.stage("fold")
+        progress.stage("choose")
+
+        def begin(target: Spec) -> Emit:
+            progress.stage("fold", target.layers + 1)
+            return sink(family, target, temporary)
+
         with CheckpointWriter(folder) as temporary:
             done = folding.fold(
                 list(sources.values()),
@@ -170,7 +183,7 @@ def merge_fold(
                 shapes.shapes,
                 texts,
                 recipe.fold,
-                emit=lambda target: sink(family, target, temporary),
+                emit=begin,
                 seed=recipe.seed,
                 clock=clock,
                 progress=progress.advance,
@@ -200,11 +213,13 @@ def merge_fold(
                 progress=lambda _step, _steps, note: progress.advance(note),
             )
         result.heal_curve = [asdict(point) for point in outcome.curve]
+        result.heal_reference = outcome.reference
     student = student.to(dtype)
     weights = student.state_dict()
     for name in Checkpoint(folder).names:
         writer.add(name, weights[name])
     write_config(writer, student.config, dtype)
+    progress.stage("test", len(test))
     with clock("evaluate"):
         measure(student.float(), test, result, "healed" if recipe.heal else "fold", device, progress)
     return texts.digest()

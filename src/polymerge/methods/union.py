@@ -1,4 +1,4 @@
-"""Union: every expert whole in one checkpoint, mixed by a Bayesian gate (formula: `_union_modeling`).
+"""Union: every expert whole in one checkpoint, mixed by a Bayesian gate.
 
 Nothing is computed: each stored tensor of expert i is copied as `experts.{i}.<stored name>`, one tensor in
 memory at a time, and the model code travels in the folder:

@@ -1,0 +1,266 @@
+"""The experts of one modular case, and every method on them (see `modular.py` for the suite)."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymerge import families, plan, recipe
+from polymerge.bench import methods, modular, tokens
+from polymerge.bench.distil import Distilled, Lesson, distil
+from polymerge.bench.methods import Case, Once, Outcome
+from polymerge.bench.train import Weights, initial
+from polymerge.errors import PreflightError
+from polymerge.methods._pad import pad
+from polymerge.methods._union_modeling import BayesGate
+from polymerge.model.source import Source
+from polymerge.model.spec import Spec
+
+FAMILY = "mistral"
+"""Of the results: a Llama decoder without the rule that heads divide the width."""
+CLOSE = 0.01
+
+
+class ModularBed:
+    """See `methods.Bed`. Experts are trained when the bed is made, unless the cache has them."""
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        settings: modular.Settings,
+        *,
+        device: str = "cpu",
+        cache: Path | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.detail: modular.Detail = case.detail
+        self.seed, self.settings, self.device, self.progress = seed, settings, device, progress
+        plans, cache = self.detail.experts, cache or modular.cache_folder()
+        made = [modular.trained(p, settings, seed, cache=cache, device=device, progress=progress) for p in plans]
+        self.records = [record for _, record in made]
+        self.experts = [modular.opened(folder, device) for folder, _ in made]
+        self.splits = {p.task: settings.arithmetic.split(p.task, seed, p.share) for p in plans}
+        self.skills = tuple(self.splits)
+        self.validation = {task: split.validation for task, split in self.splits.items()}
+        self.table = [self._measured(e) for e in self.experts]
+        self.owner = {task: self._best_at(task) for task in self.skills}
+        self.owners = {task: self.table[self.owner[task]][task] for task in self.skills}
+        self.anchor_scores = self.table[0]
+        self.expert_parameters = {p.name: e.parameters for p, e in zip(plans, self.experts, strict=True)}
+        self.budget = self.detail.budget
+        self.setting = {
+            "protocol": case.protocol, "run": self.detail.run, "experts": [asdict(p) for p in plans],
+            "training": [{k: r[k] for k in ("steps", "step_val_acc_99", "best_val_acc", "final")} for r in self.records],
+            "expert_scores": self.table, "anchor": plans[0].name,
+        }  # fmt: skip
+        self.family = families.get(FAMILY)
+        self._folded = Once(self._fold)
+        self._scratch = tempfile.TemporaryDirectory(prefix="polymerge-bench-")
+
+    # ------------------------------------------------------------------ data
+
+    def _measured(self, source: Source) -> dict[str, float]:
+        return tokens.accuracy(source.path, {t: s.test for t, s in self.splits.items()}, self.device)
+
+    def _best_at(self, task: str) -> int:
+        """The owner of a skill: its best expert on validation pairs; the first of equals."""
+        scores = [tokens.accuracy(e.path, {task: self.validation[task]}, self.device)[task] for e in self.experts]
+        self.good = {**getattr(self, "good", {}), task: [k for k, s in enumerate(scores) if s >= max(scores) - CLOSE]}
+        return max(range(len(scores)), key=lambda k: (scores[k], -k))
+
+    def texts(self, *, only: int | None = None) -> Any:
+        """Calibration rows: training pairs to fit, validation pairs held out; every expert good at a task owns its rows."""
+        said = [(t, k) for t in self.skills for k in self.good[t] if only in (None, k)]
+        owners = [0 if only is not None else k for _, k in said]
+        fitted, held_out = ([getattr(self.splits[t], part) for t, _ in said] for part in ("train", "validation"))
+        if not said:
+            raise PreflightError("the anchor is not the best at any of the tasks, so there is nothing to keep of it")
+        return tokens.calibration(fitted, held_out, owners, 1 if only is not None else len(self.experts))
+
+    def lessons(self) -> dict[str, Lesson]:
+        """Training pairs of every skill, with the owner's logits."""
+        found = {}
+        for task in self.skills:
+            rows = self.splits[task].train
+            logits = [self.experts[self.owner[task]].logits(part[:, :3])[:, -1].cpu() for part in rows.split(1024)]
+            found[task] = Lesson(rows, torch.cat(logits))
+        return found
+
+    def shapes(self) -> tuple[Spec, ...]:
+        """Candidate shapes of the result in the case's budget."""
+        sizes = {str(i): e.parameters for i, e in enumerate(self.experts)}
+        limit = {"sum": sum, "largest": max}
+        size: Any = "union"
+        if self.budget != "union":
+            size = {"params": limit[self.budget](sizes.values())}
+        asked = recipe.parse({
+            "method": "fold", "anchor": "0", "family": FAMILY, "size": size,
+            "experts": {str(i): {"model": str(e.path), "text": "-"} for i, e in enumerate(self.experts)},
+        })  # fmt: skip
+        return plan.make(asked, {str(i): e.spec for i, e in enumerate(self.experts)}, sizes).shapes
+
+    # ------------------------------------------------------------------ ours
+
+    def expert(self) -> Outcome:
+        """The single expert of a baseline case, with the seed experiment's figures."""
+        record = self.records[0]
+        extra = record["final"] | {k: record[k] for k in ("step_val_acc_99", "best_step", "best_val_acc", "curve")}
+        read = record["steps"] * self.settings.training.batch * 3
+        size = methods.size_of(self.experts[0].spec)
+        note = f"trained for {record['steps']} updates in {record['seconds']:.0f} s, kept in the cache"
+        return Outcome(self.table[0], self.experts[0].parameters, size, read, record["steps"], note, extra=extra)
+
+    def union(self) -> Outcome:
+        """The Bayesian gate sees p(operation | x) and p(y | …), which these experts were never taught."""
+        def mixture(rows: Tensor) -> Tensor:
+            evidence = torch.stack([e.log_probs(rows) for e in self.experts], dim=-1).double()
+            gate = BayesGate(torch.full((len(self.experts),), 1 / len(self.experts), dtype=torch.float64), 0.01)
+            after = gate.scan(gate.start(len(rows)), evidence, torch.ones(evidence.shape[:2], dtype=torch.bool))
+            return after[:, -1]
+
+        return self._mixed(mixture, "gate weights from tokens that the experts were not trained to predict")
+
+    def ensemble(self) -> Outcome:
+        """Equal weights."""
+        return self._mixed(lambda rows: torch.zeros(len(rows), len(self.experts), dtype=torch.float64), "")
+
+    def fold(self) -> Outcome:
+        """Closed form only."""
+        folded, cost = self._folded()
+        return self._outcome(folded.target, folded.weights, reused=cost, extra={
+            "knobs": vars(folded.knobs), "divergence": folded.divergence, "trials": folded.trials,
+        })  # fmt: skip
+
+    def fold_heal(self) -> Outcome:
+        """The fold, distilled."""
+        folded, cost = self._folded()
+        return self._distilled(folded.target, folded.weights, cost)
+
+    # ------------------------------------------------------------------ controls
+
+    def anchor(self) -> Outcome:
+        """The first expert."""
+        return self._single(0)
+
+    def best_expert(self) -> Outcome:
+        """By its worst skill."""
+        return self._single(max(range(len(self.table)), key=lambda k: (min(self.table[k].values()), -k)))
+
+    def anchor_distill(self) -> Outcome:
+        """The anchor in the fold's shape, or, where that is narrower, in one of as many parameters that holds it."""
+        folded, cost = self._folded()
+        target, weights, note = folded.target, {}, ""
+        generator = torch.Generator().manual_seed(self.seed)
+        try:
+            parts = list(pad(self.experts[0], target, generator))
+        except PreflightError as error:
+            target, note = methods.holding(self.family, self.experts[0].spec, target), f"another shape: {error}"
+            parts = list(pad(self.experts[0], target, generator))
+        for layer, some in parts:
+            weights.setdefault(layer, {}).update(some)
+        outcome = self._distilled(target, weights, (0.0, 0.0), cost)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        return outcome
+
+    def scratch_distill(self) -> Outcome:
+        """Random weights in the fold's shape."""
+        folded, cost = self._folded()
+        start = initial(folded.target, torch.Generator().manual_seed(self.seed))
+        return self._distilled(folded.target, start, (0.0, 0.0), cost)
+
+    def shrink(self) -> Outcome:
+        """One expert, folded into the shape that the fold of all took."""
+        folded, _ = self._folded()
+        alone = tokens.fold_tokens(
+            self.experts[:1], self.family, [folded.target], self.texts(only=0), self.settings.fold, self.seed
+        )
+        return self._outcome(alone.target, alone.weights)
+
+    def placebo(self) -> Outcome:
+        """All but the anchor shuffled."""
+        folded, _ = self._folded()
+        folders = [
+            modular.shuffled(e.path, Path(self._scratch.name) / f"shuffled-{k}", self.seed + k)
+            for k, e in enumerate(self.experts) if k
+        ]  # fmt: skip
+        experts = [self.experts[0], *(modular.opened(f, self.device) for f in folders)]
+        fake = tokens.fold_tokens(experts, self.family, [folded.target], self.texts(), self.settings.fold, self.seed)
+        return self._outcome(fake.target, fake.weights)
+
+    def rival(self, method: Any) -> Outcome:
+        """In the fold's shape, on the fold's rows."""
+        folded, _ = self._folded()
+        weights: Weights = {}
+        method.merge(
+            experts=self.experts, anchor=0, target=folded.target, texts=self.texts(), seed=self.seed,
+            emit=lambda layer, some: weights.setdefault(layer, {}).update(some),
+        )  # fmt: skip
+        return self._outcome(folded.target, weights)
+
+    # ------------------------------------------------------------------ parts
+
+    def _fold(self) -> tokens.FoldedTokens:
+        self.progress("fold")
+        return tokens.fold_tokens(
+            self.experts, self.family, self.shapes(), self.texts(), self.settings.fold, self.seed
+        )
+
+    def _single(self, k: int) -> Outcome:
+        source = self.experts[k]
+        return Outcome(self.table[k], source.parameters, methods.size_of(source.spec), notes=self.detail.experts[k].name)
+
+    def _mixed(self, weights: Callable[[Tensor], Tensor], notes: str) -> Outcome:
+        """Accuracy of Σ_k w_k p_k at the answer; `weights`: log w (row, expert) of rows of three tokens."""
+        scores = {}
+        for task, split in self.splits.items():
+            right = 0
+            for rows in split.test.split(1024):
+                logs = torch.stack([e.logits(rows[:, :3])[:, -1].log_softmax(-1).cpu() for e in self.experts], dim=1)
+                mixed = (logs.double() + weights(rows[:, :3])[..., None]).logsumexp(1)
+                right += int((mixed.argmax(-1) == rows[:, 3]).sum())
+            scores[task] = right / len(split.test)
+        return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
+
+    def _distilled(
+        self, target: Spec, weights: Weights, reused: tuple[float, float], unused: tuple[float, float] = (0.0, 0.0)
+    ) -> Outcome:
+        """`unused`: cost of the fold's shape, which the controls are given for nothing."""
+        del unused
+        settings = self.settings.distil
+        self.progress(f"distil, {settings.steps} steps at {len(settings.lrs)} learning rates")
+        done: Distilled = distil(
+            target, weights, self.lessons(), self.validation, settings, self.seed, device=self.device
+        )
+        outcome = self._outcome(target, done.weights, reused=reused, extra={
+            "curve": done.curve, "lr": done.lr, "lr_trials": done.trials, "best_step": done.best_step,
+            "step_val_acc_99": done.first_99,
+        })  # fmt: skip
+        outcome.steps, outcome.tokens = settings.steps, settings.steps * settings.batch * 3
+        outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
+        return outcome
+
+    def _outcome(
+        self,
+        target: Spec,
+        weights: Mapping[int | None, Mapping[str, Tensor]],
+        *,
+        reused: tuple[float, float] = (0.0, 0.0),
+        extra: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Write the model as a Hugging Face folder and measure what transformers makes of it."""
+        with tempfile.TemporaryDirectory(dir=self._scratch.name) as place:
+            folder = Path(place) / "model"
+            tokens.save(folder, self.family, target, weights, self.experts[0])
+            tests = {task: split.test for task, split in self.splits.items()}
+            scores = tokens.accuracy(folder, tests, self.device)
+            held = tokens.accuracy(folder, self.validation, self.device)
+        more = {"validation": held, "step_val_acc_99": 0 if min(held.values()) > 0.99 else None}  # noqa: PLR2004
+        parameters = plan.parameters(self.family, target)
+        return Outcome(scores, parameters, methods.size_of(target), reused=reused, extra=more | dict(extra or {}))
