@@ -14,20 +14,23 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-PRIOR = 1e-6
-"""Weight of "stay where you are" against the mean singular value: decides directions in which nothing is seen."""
+SEEN = 1e-10
+"""Singular values below this share of the largest say nothing about direction."""
 
 
-def orthogonal(cross: Float[Tensor, "source target"], prior: float = PRIOR) -> Float[Tensor, "source target"]:
+def orthogonal(cross: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
     """The (semi-)orthogonal Q nearest to a cross-moment X_Bᵀ X_A, float64.
 
-    Orthonormal rows where source ≤ target, else orthonormal columns.
+    Orthonormal rows where source ≤ target, else orthonormal columns. Directions in which nothing is seen stay where they
+    are, as far as the others leave room.
     """
     c = cross.double()
-    scale = c.norm() / min(c.shape) ** 0.5
+    u, s, vh = torch.linalg.svd(c, full_matrices=True)
+    rank = int((s > SEEN * s[0]).sum()) if len(s) else 0
     stay = torch.eye(*c.shape, dtype=c.dtype, device=c.device)
-    u, _, vh = torch.linalg.svd(c / scale.clamp_min(1e-300) + prior * stay, full_matrices=False)
-    q: Tensor = u @ vh
+    u0, v0 = u[:, rank:], vh[rank:].T
+    left, _, right = torch.linalg.svd(u0.T @ stay @ v0, full_matrices=False)
+    q: Tensor = u[:, :rank] @ vh[:rank] + u0 @ left @ right @ v0.T
     return q
 
 

@@ -7,8 +7,8 @@ least common multiple of n and m (uniform marginals have an integral optimum).
 
 A plan becomes two maps (n, m), one for each side of a weight matrix:
 
-    read   m P, columns sum to 1: a target unit computes the weighted mean of source units (rows of a weight)
-    write  n P, rows sum to 1: a source unit's outgoing weight is shared out among targets, none lost (columns)
+    mean   m P, columns sum to 1: a target unit computes the weighted mean of source units (rows of a weight)
+    share  n P, rows sum to 1: a source unit's outgoing weight is shared out among targets, none lost (columns)
 
 At n = m both are n P. Used on both sides, n P is wrong by n/m at unequal widths.
 
@@ -28,18 +28,18 @@ LARGEST = 8192
 
 
 def sinkhorn(
-    cost: Float[Tensor, "n m"], epsilon: float, *, sweeps: int = 2000, tolerance: float = 1e-9
-) -> Float[Tensor, "n m"]:
+    cost: Float[Tensor, "*batch n m"], epsilon: float, *, sweeps: int = 2000, tolerance: float = 1e-9
+) -> Float[Tensor, "*batch n m"]:
     """The entropic plan in float64; sums to 1. Raises ValueError unless ε > 0."""
     if epsilon <= 0:
         raise ValueError(f"sinkhorn needs a regularisation above 0, not {epsilon}; use exact()")
     kernel = -cost.double() / epsilon
-    n, m = kernel.shape
-    f, g = kernel.new_zeros(n, 1), kernel.new_zeros(1, m)
+    n, m = kernel.shape[-2:]
+    f, g = torch.zeros_like(kernel[..., :1]), torch.zeros_like(kernel[..., :1, :])
     for _ in range(sweeps):
         before = f
-        g = -math.log(m) - (kernel + f).logsumexp(0, keepdim=True)
-        f = -math.log(n) - (kernel + g).logsumexp(1, keepdim=True)
+        g = -math.log(m) - (kernel + f).logsumexp(-2, keepdim=True)
+        f = -math.log(n) - (kernel + g).logsumexp(-1, keepdim=True)
         if float((f - before).abs().max()) < tolerance:
             break
     return (kernel + f + g).exp()
@@ -59,16 +59,19 @@ def exact(cost: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     return plan.view(n, m).to(cost.device)
 
 
-def plan(cost: Float[Tensor, "n m"], epsilon: float) -> Float[Tensor, "n m"]:
+def plan(cost: Float[Tensor, "*batch n m"], epsilon: float) -> Float[Tensor, "*batch n m"]:
     """`exact` where ε = 0, else `sinkhorn`."""
-    return exact(cost) if epsilon == 0 else sinkhorn(cost, epsilon)
+    if epsilon > 0:
+        return sinkhorn(cost, epsilon)
+    flat = cost.reshape(-1, *cost.shape[-2:])
+    return torch.stack([exact(c) for c in flat]).view(cost.shape)
 
 
-def read_map(coupling: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+def mean_map(coupling: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n m"]:
     """m P: every target unit is a weighted mean of source units."""
-    return coupling * coupling.shape[1]
+    return coupling * coupling.shape[-1]
 
 
-def write_map(coupling: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+def share_map(coupling: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n m"]:
     """n P: every source unit's outgoing weight is shared out whole."""
-    return coupling * coupling.shape[0]
+    return coupling * coupling.shape[-2]

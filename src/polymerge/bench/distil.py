@@ -8,6 +8,7 @@ same grid of learning rates; rate and state are chosen by the worst skill on val
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,13 @@ class Lesson:
 
 @dataclass
 class Distilled:
-    """The best state; `curve`: {step, skill accuracies, worst} of the chosen rate; `first_99`: first worst over 0.99."""
+    """The best state; `curve`: step, accuracy by skill, worst, at the chosen rate; `first_99`: first worst over 0.99."""
 
     weights: Weights
     lr: float
     best_step: int
     first_99: int | None
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
     trials: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,7 +55,7 @@ def distil(
     spec: Spec,
     weights: Weights,
     lessons: Mapping[str, Lesson],
-    validation: Mapping[str, Int[Tensor, "row 4"]],
+    validation: Mapping[str, Tensor],
     settings: Distil,
     seed: int,
     *,
@@ -71,7 +72,7 @@ def _run(
     spec: Spec,
     weights: Weights,
     lessons: Mapping[str, Lesson],
-    validation: Mapping[str, Int[Tensor, "row 4"]],
+    validation: Mapping[str, Tensor],
     settings: Distil,
     lr: float,
     seed: int,
@@ -112,7 +113,7 @@ def _run(
 
 
 def _validate(
-    spec: Spec, weights: Weights, validation: Mapping[str, Int[Tensor, "row 4"]], device: str
+    spec: Spec, weights: Weights, validation: Mapping[str, Tensor], device: str
 ) -> tuple[tuple[float, float], dict[str, float]]:
     found = {name: measure(spec, weights, rows.to(device)) for name, rows in validation.items()}
     accuracy = {name: float(right.float().mean()) for name, (right, _) in found.items()}

@@ -7,13 +7,16 @@ the bed's `rival`, in the shape that the fold was given.
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from polymerge import methods as package
 from polymerge import plan as planning
 from polymerge._suggest import unknown
+from polymerge.bench.train import Weights
 from polymerge.errors import PolymergeError, PreflightError
 from polymerge.model.spec import Family, Spec
 
@@ -31,8 +34,6 @@ METHODS: dict[str, tuple[str, str]] = {
     "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
 }
 """Name -> (group, what it is). Rivals are added by `known`."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Bed(Protocol):
     """The experts of one case, loaded; beside these attributes it has a method for every name it can do."""
 
@@ -102,7 +104,9 @@ def rivals() -> dict[str, Any]:
 def known() -> dict[str, tuple[str, str]]:
     """All methods: name -> (group, what it is)."""
     others = rivals()
-    about = {name: (cls.__doc__ or importlib.import_module(cls.__module__).__doc__ or "") for name, cls in others.items()}
+    about = {
+        name: (cls.__doc__ or importlib.import_module(cls.__module__).__doc__ or "") for name, cls in others.items()
+    }
     return METHODS | {n: ("rival", text.strip().split("\n")[0]) for n, text in about.items() if n not in METHODS}
 
 
@@ -126,23 +130,50 @@ def run(bed: Bed, name: str) -> Outcome:
     return bed.rival(rivals()[name]())
 
 
-def holding(family: Family, anchor: Spec, target: Spec) -> Spec:
-    """A shape with at most the target's parameters that holds the anchor: its width and heads, new layers and neurons.
+def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:
+    """A shape of at most the target's parameters that holds each expert: their largest width, heads and depth.
 
-    For the padded control where the target is narrower than the anchor. Raises PreflightError when there is none.
+    For controls and rivals that cannot go below an expert's sizes; what the budget leaves goes to neurons. One expert
+    keeps its head size. Raises PreflightError when the budget is too small.
     """
-    budget = planning.parameters(family, target)
-    base = replace(
-        target, width=anchor.width, heads=anchor.heads, kv_heads=anchor.kv_heads, head_size=anchor.head_size,
-        frequencies=anchor.frequencies, rope_scale=anchor.rope_scale, rope_theta=anchor.rope_theta,
-    )  # fmt: skip
-    for layers in range(max(target.layers, anchor.layers), anchor.layers - 1, -1):
+    budget, width = planning.parameters(family, target), max(e.width for e in experts)
+    heads, ratio = max(e.heads for e in experts), target.heads // target.kv_heads
+    base = replace(target, width=width, heads=heads, kv_heads=heads // ratio)
+    if len(experts) == 1:
+        [one] = experts
+        base = replace(
+            base, kv_heads=one.kv_heads, head_size=one.head_size, frequencies=one.frequencies,
+            rope_scale=one.rope_scale, rope_theta=one.rope_theta,
+        )  # fmt: skip
+    least, mlp = max(e.layers for e in experts), max(e.mlp for e in experts)
+    for layers in range(max(target.layers, least), least - 1, -1):
         empty = replace(base, layers=layers, mlp=0)
-        least = planning.parameters(family, empty)
-        mlp = (budget - least) // (planning.parameters(family, replace(empty, mlp=1)) - least)
-        if mlp >= anchor.mlp:
-            return replace(empty, mlp=mlp)
-    raise PreflightError(f"{budget:,} parameters do not hold the anchor (width {anchor.width}, {anchor.layers} layers)")
+        rest = budget - planning.parameters(family, empty)
+        neurons = rest // (planning.parameters(family, replace(empty, mlp=1)) - planning.parameters(family, empty))
+        if neurons >= mlp:
+            return replace(empty, mlp=neurons)
+    raise PreflightError(
+        f"{budget:,} parameters do not hold width {width}, {heads} heads and {mlp} neurons in {least} layers"
+    )
+
+
+def fitting(
+    make: Callable[[Spec], Weights], target: Spec, holds: Sequence[Spec], family: Family
+) -> tuple[Spec, Weights, str]:
+    """Make a model in the fold's shape or, where it cannot be, in another of no more parameters that holds `holds`."""
+    try:
+        return target, make(target), ""
+    except PreflightError as error:
+        other = holding(family, holds, target)
+        return other, make(other), f"another shape of as many parameters ({error})"
+
+
+def gathered(parts: Iterable[tuple[int | None, Mapping[str, Tensor]]]) -> Weights:
+    """Parts of a model as they are emitted, by layer."""
+    weights: Weights = {}
+    for layer, some in parts:
+        weights.setdefault(layer, {}).update(some)
+    return weights
 
 
 def size_of(spec: Spec) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from polymerge import families
-from polymerge.bench.methods import Case
 from polymerge.bench.distil import Distil
+from polymerge.bench.methods import Case
 from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.bench.tokens import TokenFold
 from polymerge.bench.train import Training, train

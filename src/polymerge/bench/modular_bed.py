@@ -12,7 +12,7 @@ from torch import Tensor
 from polymerge import families, plan, recipe
 from polymerge.bench import methods, modular, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
-from polymerge.bench.methods import Case, Once, Outcome
+from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.train import Weights, initial
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad
@@ -23,6 +23,7 @@ from polymerge.model.spec import Spec
 FAMILY = "mistral"
 """Of the results: a Llama decoder without the rule that heads divide the width."""
 CLOSE = 0.01
+"""Experts this near to the best at a task, on validation pairs, own its rows together with it."""
 
 
 class ModularBed:
@@ -35,6 +36,7 @@ class ModularBed:
         case: Case,
         seed: int,
         settings: modular.Settings,
+        scratch: Path,
         *,
         device: str = "cpu",
         cache: Path | None = None,
@@ -50,33 +52,30 @@ class ModularBed:
         self.skills = tuple(self.splits)
         self.validation = {task: split.validation for task, split in self.splits.items()}
         self.table = [self._measured(e) for e in self.experts]
-        self.owner = {task: self._best_at(task) for task in self.skills}
+        held = [tokens.accuracy(e.path, self.validation, device) for e in self.experts]
+        best = {task: max(scores[task] for scores in held) for task in self.skills}
+        self.good = {t: [k for k, scores in enumerate(held) if scores[t] >= best[t] - CLOSE] for t in self.skills}
+        self.owner = {t: next(k for k, scores in enumerate(held) if scores[t] == best[t]) for t in self.skills}
         self.owners = {task: self.table[self.owner[task]][task] for task in self.skills}
         self.anchor_scores = self.table[0]
         self.expert_parameters = {p.name: e.parameters for p, e in zip(plans, self.experts, strict=True)}
         self.budget = self.detail.budget
         self.setting = {
             "protocol": case.protocol, "run": self.detail.run, "experts": [asdict(p) for p in plans],
-            "training": [{k: r[k] for k in ("steps", "step_val_acc_99", "best_val_acc", "final")} for r in self.records],
+            "training": [{k: r[k] for k in ("steps", "step_val_acc_99", "best_val_acc")} for r in self.records],
             "expert_scores": self.table, "anchor": plans[0].name,
         }  # fmt: skip
         self.family = families.get(FAMILY)
         self._folded = Once(self._fold)
-        self._scratch = tempfile.TemporaryDirectory(prefix="polymerge-bench-")
+        self._scratch = scratch
 
     # ------------------------------------------------------------------ data
 
     def _measured(self, source: Source) -> dict[str, float]:
         return tokens.accuracy(source.path, {t: s.test for t, s in self.splits.items()}, self.device)
 
-    def _best_at(self, task: str) -> int:
-        """The owner of a skill: its best expert on validation pairs; the first of equals."""
-        scores = [tokens.accuracy(e.path, {task: self.validation[task]}, self.device)[task] for e in self.experts]
-        self.good = {**getattr(self, "good", {}), task: [k for k, s in enumerate(scores) if s >= max(scores) - CLOSE]}
-        return max(range(len(scores)), key=lambda k: (scores[k], -k))
-
     def texts(self, *, only: int | None = None) -> Any:
-        """Calibration rows: training pairs to fit, validation pairs held out; every expert good at a task owns its rows."""
+        """Training pairs to fit, validation pairs held out; every expert that is good at a task owns its rows."""
         said = [(t, k) for t in self.skills for k in self.good[t] if only in (None, k)]
         owners = [0 if only is not None else k for _, k in said]
         fitted, held_out = ([getattr(self.splits[t], part) for t, _ in said] for part in ("train", "validation"))
@@ -96,10 +95,8 @@ class ModularBed:
     def shapes(self) -> tuple[Spec, ...]:
         """Candidate shapes of the result in the case's budget."""
         sizes = {str(i): e.parameters for i, e in enumerate(self.experts)}
-        limit = {"sum": sum, "largest": max}
-        size: Any = "union"
-        if self.budget != "union":
-            size = {"params": limit[self.budget](sizes.values())}
+        limit = {"sum": sum(sizes.values()), "largest": max(sizes.values())}
+        size = "union" if self.budget == "union" else {"params": limit[self.budget]}
         asked = recipe.parse({
             "method": "fold", "anchor": "0", "family": FAMILY, "size": size,
             "experts": {str(i): {"model": str(e.path), "text": "-"} for i, e in enumerate(self.experts)},
@@ -119,6 +116,7 @@ class ModularBed:
 
     def union(self) -> Outcome:
         """The Bayesian gate sees p(operation | x) and p(y | …), which these experts were never taught."""
+
         def mixture(rows: Tensor) -> Tensor:
             evidence = torch.stack([e.log_probs(rows) for e in self.experts], dim=-1).double()
             gate = BayesGate(torch.full((len(self.experts),), 1 / len(self.experts), dtype=torch.float64), 0.01)
@@ -135,7 +133,8 @@ class ModularBed:
         """Closed form only."""
         folded, cost = self._folded()
         return self._outcome(folded.target, folded.weights, reused=cost, extra={
-            "knobs": vars(folded.knobs), "divergence": folded.divergence, "trials": folded.trials,
+            "knobs": vars(folded.knobs), "balance": folded.balance, "divergence": folded.divergence,
+            "trials": folded.trials,
         })  # fmt: skip
 
     def fold_heal(self) -> Outcome:
@@ -155,25 +154,20 @@ class ModularBed:
 
     def anchor_distill(self) -> Outcome:
         """The anchor in the fold's shape, or, where that is narrower, in one of as many parameters that holds it."""
-        folded, cost = self._folded()
-        target, weights, note = folded.target, {}, ""
-        generator = torch.Generator().manual_seed(self.seed)
-        try:
-            parts = list(pad(self.experts[0], target, generator))
-        except PreflightError as error:
-            target, note = methods.holding(self.family, self.experts[0].spec, target), f"another shape: {error}"
-            parts = list(pad(self.experts[0], target, generator))
-        for layer, some in parts:
-            weights.setdefault(layer, {}).update(some)
-        outcome = self._distilled(target, weights, (0.0, 0.0), cost)
+        folded, _ = self._folded()
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, folded.target, [self.experts[0].spec], self.family)
+        outcome = self._distilled(target, weights)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
-        folded, cost = self._folded()
-        start = initial(folded.target, torch.Generator().manual_seed(self.seed))
-        return self._distilled(folded.target, start, (0.0, 0.0), cost)
+        folded, _ = self._folded()
+        return self._distilled(folded.target, initial(folded.target, torch.Generator().manual_seed(self.seed)))
 
     def shrink(self) -> Outcome:
         """One expert, folded into the shape that the fold of all took."""
@@ -187,7 +181,7 @@ class ModularBed:
         """All but the anchor shuffled."""
         folded, _ = self._folded()
         folders = [
-            modular.shuffled(e.path, Path(self._scratch.name) / f"shuffled-{k}", self.seed + k)
+            modular.shuffled(e.path, self._scratch / f"shuffled-{k}", self.seed + k)
             for k, e in enumerate(self.experts) if k
         ]  # fmt: skip
         experts = [self.experts[0], *(modular.opened(f, self.device) for f in folders)]
@@ -197,24 +191,31 @@ class ModularBed:
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows."""
         folded, _ = self._folded()
-        weights: Weights = {}
-        method.merge(
-            experts=self.experts, anchor=0, target=folded.target, texts=self.texts(), seed=self.seed,
-            emit=lambda layer, some: weights.setdefault(layer, {}).update(some),
-        )  # fmt: skip
-        return self._outcome(folded.target, weights)
+
+        def merged(target: Spec) -> Weights:
+            parts: list[tuple[int | None, dict[str, Tensor]]] = []
+            method.merge(
+                experts=self.experts, anchor=0, target=target, texts=self.texts(), seed=self.seed,
+                emit=lambda layer, some: parts.append((layer, some)),
+            )  # fmt: skip
+            return gathered(parts)
+
+        target, weights, note = fitting(merged, folded.target, [e.spec for e in self.experts], self.family)
+        outcome = self._outcome(target, weights)
+        outcome.notes = note
+        return outcome
 
     # ------------------------------------------------------------------ parts
 
     def _fold(self) -> tokens.FoldedTokens:
         self.progress("fold")
-        return tokens.fold_tokens(
-            self.experts, self.family, self.shapes(), self.texts(), self.settings.fold, self.seed
-        )
+        return tokens.fold_tokens(self.experts, self.family, self.shapes(), self.texts(), self.settings.fold, self.seed)
 
     def _single(self, k: int) -> Outcome:
         source = self.experts[k]
-        return Outcome(self.table[k], source.parameters, methods.size_of(source.spec), notes=self.detail.experts[k].name)
+        return Outcome(
+            self.table[k], source.parameters, methods.size_of(source.spec), notes=self.detail.experts[k].name
+        )
 
     def _mixed(self, weights: Callable[[Tensor], Tensor], notes: str) -> Outcome:
         """Accuracy of Σ_k w_k p_k at the answer; `weights`: log w (row, expert) of rows of three tokens."""
@@ -228,11 +229,8 @@ class ModularBed:
             scores[task] = right / len(split.test)
         return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
 
-    def _distilled(
-        self, target: Spec, weights: Weights, reused: tuple[float, float], unused: tuple[float, float] = (0.0, 0.0)
-    ) -> Outcome:
-        """`unused`: cost of the fold's shape, which the controls are given for nothing."""
-        del unused
+    def _distilled(self, target: Spec, weights: Weights, reused: tuple[float, float] = (0.0, 0.0)) -> Outcome:
+        """Distil from the owners and measure; the controls are given the fold's shape for nothing."""
         settings = self.settings.distil
         self.progress(f"distil, {settings.steps} steps at {len(settings.lrs)} learning rates")
         done: Distilled = distil(
@@ -255,7 +253,7 @@ class ModularBed:
         extra: Mapping[str, Any] | None = None,
     ) -> Outcome:
         """Write the model as a Hugging Face folder and measure what transformers makes of it."""
-        with tempfile.TemporaryDirectory(dir=self._scratch.name) as place:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as place:
             folder = Path(place) / "model"
             tokens.save(folder, self.family, target, weights, self.experts[0])
             tests = {task: split.test for task, split in self.splits.items()}

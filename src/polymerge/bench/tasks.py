@@ -26,9 +26,9 @@ _SIGNS = 5
 class Split:
     """Rows (x, operation, y, answer) by use."""
 
-    train: Int[Tensor, "row 4"]
-    validation: Int[Tensor, "row 4"]
-    test: Int[Tensor, "row 4"]
+    train: Int[Tensor, "train 4"]
+    validation: Int[Tensor, "validation 4"]
+    test: Int[Tensor, "test 4"]
 
 
 @dataclass(frozen=True)

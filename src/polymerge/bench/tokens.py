@@ -5,14 +5,13 @@ row has three tokens and only the last one's prediction means anything, so the c
 on validation rows, by the same walk: shape first, then the knobs one at a time. The fold itself is the tool's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import Tensor
 
 from polymerge.align.width import Basis, residual_basis
@@ -26,6 +25,12 @@ from polymerge.methods.fold import BETTER, GRIDS
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
+
+TILT, TILTS = 2.0, 3
+"""Balance: the worst skill counts so many times more, at most so often."""
+
+Tried = Callable[[Spec, Knobs, tuple[float, ...]], list[float]]
+"""Shape, knobs, balance -> held-out divergence by expert."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,28 @@ class TokenFold:
 
 @dataclass
 class FoldedTokens:
-    """The folded model, the knobs, held-out KL in nats by expert, and what was tried."""
+    """The folded model, its knobs and balance, held-out KL in nats by expert, and what was tried."""
 
     target: Spec
     weights: Weights
     knobs: Knobs
+    balance: tuple[float, ...]
     divergence: list[float]
     trials: list[dict[str, Any]] = field(default_factory=list)
 
 
 def calibration(
-    fitted: Sequence[Int[Tensor, "row 4"]], held_out: Sequence[Int[Tensor, "row 4"]], owners: Sequence[int], experts: int
+    fitted: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    owners: Sequence[int],
+    experts: int,
 ) -> Calibration:
     """Rows (x, operation, y) of every skill, each with the expert that owns it; only the last position is scored."""
-    parts = [(o, fit, r[:, :3]) for group, fit in ((fitted, True), (held_out, False)) for o, r in zip(owners, group, strict=True)]
+    parts = [
+        (o, fit, r[:, :3])
+        for group, fit in ((fitted, True), (held_out, False))
+        for o, r in zip(owners, group, strict=True)
+    ]
     tokens = torch.cat([r for _, _, r in parts])
     owner = torch.cat([torch.full((len(r),), o) for o, _, r in parts])
     fit = torch.cat([torch.full((len(r),), f) for _, f, r in parts])
@@ -87,35 +100,42 @@ def fold_tokens(
     quick = replace(settings.refine, steps=0, head_steps=20)
     trials: list[dict[str, Any]] = []
 
-    def worst(spec: Spec, knobs: Knobs) -> float:
-        found = _once(experts, family, spec, few, bases, knobs, quick, settings.batch, seed)
+    def tried(spec: Spec, knobs: Knobs, balance: tuple[float, ...]) -> list[float]:
+        found = _once(experts, family, spec, few, bases, knobs, balance, quick, settings.batch, seed).divergence
         size = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
-        trials.append({**size, **vars(knobs), "divergence": found.divergence})
-        return max(found.divergence)
+        trials.append({**size, **vars(knobs), "balance": balance, "divergence": found})
+        return found
 
-    target, knobs = walk(shapes, worst, several=len(experts) > 1)
-    result = _once(experts, family, target, texts, bases, knobs, settings.refine, settings.batch, seed)
+    target, knobs, balance = shapes[len(shapes) // 2], Knobs(), (1.0,) * len(experts)
+    if len(experts) > 1:
+        target, knobs, balance = chosen(shapes, tried, len(experts))
+    result = _once(experts, family, target, texts, bases, knobs, balance, settings.refine, settings.batch, seed)
     result.trials = trials
     return result
 
 
-def walk(shapes: Sequence[Spec], worst: Any, *, several: bool) -> tuple[Spec, Knobs]:
-    """Down the valley of width from the middle, then each knob's other values, as `fold.choose` does."""
-    knobs, at, best = Knobs(), len(shapes) // 2, float("inf")
-    if len(shapes) > 1 or several:
-        best = worst(shapes[at], knobs)
+def chosen(shapes: Sequence[Spec], tried: Tried, experts: int) -> tuple[Spec, Knobs, tuple[float, ...]]:
+    """Down the valley of width from the middle, each knob's other values, then balance: as `fold.choose` does."""
+    knobs, balance, at = Knobs(), (1.0,) * experts, len(shapes) // 2
+    best = tried(shapes[at], knobs, balance)
     for step in (1, -1):
         start = at
-        while 0 <= at + step < len(shapes) and (score := worst(shapes[at + step], knobs)) < best:
-            best, at = score, at + step
+        while 0 <= at + step < len(shapes) and max(found := tried(shapes[at + step], knobs, balance)) < max(best):
+            best, at = found, at + step
         if at != start:
             break
-    for name, values in GRIDS.items() if several else ():
+    for name, values in GRIDS.items():
         for value in values:
-            tried = replace(knobs, **{name: value})
-            if (score := worst(shapes[at], tried)) < BETTER * best:
-                best, knobs = score, tried
-    return shapes[at], knobs
+            other = replace(knobs, **{name: value})
+            if max(found := tried(shapes[at], other, balance)) < BETTER * max(best):
+                best, knobs = found, other
+    for _ in range(TILTS):
+        worst = best.index(max(best))
+        tilted = tuple(b * (TILT if k == worst else 1.0) for k, b in enumerate(balance))
+        if max(found := tried(shapes[at], knobs, tilted)) >= BETTER * max(best):
+            break
+        best, balance = found, tilted
+    return shapes[at], knobs, balance
 
 
 def _once(
@@ -125,19 +145,22 @@ def _once(
     texts: Calibration,
     bases: Sequence[Basis],
     knobs: Knobs,
+    balance: tuple[float, ...],
     refine: Refine,
     batch: int,
     seed: int,
 ) -> FoldedTokens:
     weights: Weights = {}
-    run = LayerFold(experts, target, texts, bases, knobs, refine, bias=family.bias, seed=seed, batch=batch)
+    run = LayerFold(
+        experts, target, texts, bases, knobs, refine, bias=family.bias, balance=balance, seed=seed, batch=batch
+    )
     run.run(lambda layer, some: weights.setdefault(layer, {}).update(some))
-    return FoldedTokens(target, weights, knobs, held_out(run, weights[None]["head.weight"]))
+    return FoldedTokens(target, weights, knobs, balance, held_out(run, weights[None]["head.weight"]))
 
 
 @torch.no_grad()
 def held_out(run: LayerFold, head: Tensor) -> list[float]:
-    """KL(owner ‖ fold) in nats at the scored position of the rows that no regression saw, by owner; inf if not finite."""
+    """KL(owner ‖ fold) in nats at the scored position of the held-out rows, by owner; inf if not finite."""
     sums = torch.zeros(len(run.experts), 2, dtype=torch.float64)
     for rows in torch.nonzero(~run.texts.fit).flatten().split(run.batch):
         goal = run.teacher(rows)[:, -1].log_softmax(-1)
@@ -148,7 +171,9 @@ def held_out(run: LayerFold, head: Tensor) -> list[float]:
     return torch.where(mean.isfinite(), mean, torch.inf).tolist()
 
 
-def save(folder: Path, family: Family, spec: Spec, weights: Mapping[int | None, Mapping[str, Tensor]], anchor: Source) -> None:
+def save(
+    folder: Path, family: Family, spec: Spec, weights: Mapping[int | None, Mapping[str, Tensor]], anchor: Source
+) -> None:
     """The model as a plain Hugging Face folder."""
     with CheckpointWriter(folder) as writer:
         emit = sink(family, spec, writer)
@@ -158,7 +183,7 @@ def save(folder: Path, family: Family, spec: Spec, weights: Mapping[int | None, 
 
 
 @torch.no_grad()
-def accuracy(folder: Path, tests: Mapping[str, Int[Tensor, "row 4"]], device: str = "cpu") -> dict[str, float]:
+def accuracy(folder: Path, tests: Mapping[str, Tensor], device: str = "cpu") -> dict[str, float]:
     """Share of right answers of a Hugging Face folder on every skill, as transformers runs it."""
     model = load_student(folder).to(device)
     found = {}

@@ -1,4 +1,4 @@
-"""Training of small decoders that answer at the third token: from scratch, or by distillation; both keep the best state.
+"""Training of small decoders that answer at the third token, from scratch; the best state is kept.
 
 Prefix deduplication: under the causal mask the states of the first two positions depend on the first operand and the
 sign only, so they are computed once for every distinct pair of them (97 pairs instead of 512 in a batch), and the
@@ -54,7 +54,7 @@ class Trained:
     best_val_acc: float
     final: dict[str, float]
     seconds: float
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """All but the weights; JSON-ready."""
@@ -62,7 +62,7 @@ class Trained:
 
 
 def initial(spec: Spec, generator: torch.Generator) -> Weights:
-    """Random weights of a llama-like decoder: unit embeddings, uniform maps of variance 1 / (3 inputs), norms of one."""
+    """Random weights of a llama-like decoder: unit embeddings, uniform maps of variance 1/(3 inputs), unit norms."""
 
     def uniform(out: int, inputs: int) -> Tensor:
         return (torch.rand(out, inputs, generator=generator) * 2 - 1) / math.sqrt(inputs)
@@ -106,7 +106,7 @@ def answers(spec: Spec, weights: Weights, rows: Int[Tensor, "row n"]) -> Float[T
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, shared: int) -> Tensor:
-    """Rotary embedding of (token, head, hd): the first `shared` tokens stand at positions 0, 1, 0, 1, …; the rest at 2."""
+    """Rotary embedding of (token, head, hd): the first `shared` tokens stand at positions 0, 1, 0, 1, …; rest at 2."""
     at = torch.cat([torch.arange(shared) % 2, torch.full((len(x) - shared,), 2)]).to(x.device)
     c, s = cos[at][:, None].to(x.dtype), sin[at][:, None].to(x.dtype)
     pairs = c.shape[-1]
@@ -136,7 +136,7 @@ def measure(spec: Spec, weights: Weights, rows: Int[Tensor, "row 4"], batch: int
 def train(
     spec: Spec,
     rows: Int[Tensor, "row 4"],
-    validation: Int[Tensor, "row 4"],
+    validation: Int[Tensor, "held_out 4"],
     settings: Training,
     seed: int,
     *,
@@ -150,14 +150,14 @@ def train(
     optimiser = _adamw(weights, settings.lr, settings.betas, settings.weight_decay)
     half = uses_bfloat16("auto", torch.device(device))
     best, best_step, best_score, reached, first = copy(weights), 0, (-1.0, 0.0), None, None
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     recent: list[tuple[float, float]] = []
     began, step = time.perf_counter(), 0
     for step in range(1, settings.steps + 1):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1.0, step / settings.warmup)
         batch = rows[torch.randint(len(rows), (settings.batch,), generator=generator).to(device)]
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=half):
+        with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=half):
             logits = answers(spec, weights, batch)
         loss = F.cross_entropy(logits.float(), batch[:, 3])
         optimiser.zero_grad()
@@ -166,7 +166,7 @@ def train(
         recent.append((float(loss.detach()), float((logits.argmax(-1) == batch[:, 3]).float().mean())))
         if step % settings.every:
             continue
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=half):
+        with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=half):
             right, losses = measure(spec, weights, validation)
         drawn = torch.randint(len(validation), (settings.draws,), generator=generator).to(device)
         accuracy = float(right[drawn].float().mean())

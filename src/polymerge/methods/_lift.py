@@ -108,6 +108,20 @@ def shares(weights: Sequence[float], experts: int) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
+def hold(expert: Lifted, target: Spec) -> None:
+    """Raise PreflightError unless every dimension, neuron and KV group of an expert has its own place in the target."""
+    for what, own, room in (
+        ("width", expert.spec.width, target.width),
+        ("MLP neurons", expert.spec.mlp, target.mlp),
+        ("KV groups", expert.groups, target.kv_heads),
+    ):
+        if own > room:
+            raise PreflightError(
+                f"{expert.source.path}: {what}: {own} do not fit into the target's {room}, and this method only pads;"
+                " choose a larger size, or the fold"
+            )
+
+
 def rows_of_all(texts: Calibration, limit: int) -> Int[Tensor, "row time"]:
     """Fitted rows, at most `limit`, evenly from all owners."""
     each = max(1, limit // len(texts.owned))

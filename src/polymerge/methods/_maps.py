@@ -28,11 +28,11 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stream:
-    """Maps of a residual stream; `ratio` is the scale of write over read (c² above), for tied heads."""
+    """Maps of a residual stream; `ratio` is the scale of write over read (c² above; per dimension if need be), for tied heads."""
 
     write: Float[Tensor, "resid target"]
     read: Float[Tensor, "resid target"]
-    ratio: float = 1.0
+    ratio: float | Float[Tensor, " target"] = 1.0
 
     def gamma(self, gamma: Float[Tensor, " resid"]) -> Float[Tensor, " target"]:
         """A norm's weight in the target's coordinates: exact for permutations, the best diagonal otherwise."""
@@ -133,7 +133,9 @@ def apply(weights: Weights, stream: Stream, maps: LayerMaps) -> Weights:
 def blank(target: Spec, like: Tensor) -> Weights:
     """A target layer that does nothing."""
     sizes = target.sizes()
-    axes = {role: [sizes[a] for a in spec.replace("(", "").replace(")", "").split()] for role, spec in CANONICAL.items()}
+    axes = {
+        role: [sizes[a] for a in spec.replace("(", "").replace(")", "").split()] for role, spec in CANONICAL.items()
+    }
     features = {"qkv_bias": ("q.bias", "k.bias", "v.bias"), "o_bias": ("o.bias",),
                 "mlp_bias": ("gate.bias", "up.bias", "down.bias"), "qk_norm": ("q_norm.weight", "k_norm.weight")}  # fmt: skip
     roles = [f"{role}.weight" for role in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
@@ -155,7 +157,7 @@ def average(parts: Sequence[tuple[float, Weights]], target: Spec, like: Tensor, 
     `add`: readers are summed as well, for maps that carry the shares themselves (ZipIt).
     """
     out = blank(target, like)
-    used = [(w, part, _used(part, target)) for w, part in parts if w > 0]
+    used = [(w, part, used(part, target)) for w, part in parts if w > 0]
     if not used:
         return out
     for name, empty in out.items():
@@ -177,7 +179,7 @@ def average(parts: Sequence[tuple[float, Weights]], target: Spec, like: Tensor, 
     return out
 
 
-def _used(part: Weights, target: Spec) -> dict[str, Tensor]:
+def used(part: Weights, target: Spec) -> dict[str, Tensor]:
     """1 for every row of a reader whose unit something reads, else 0."""
     size, ratio = target.head_size, target.heads // target.kv_heads
     columns = (part["o.weight"] != 0).any(0).view(target.heads, size)
@@ -185,5 +187,11 @@ def _used(part: Weights, target: Spec) -> dict[str, Tensor]:
     group = head.view(-1, ratio).any(1)
     neuron = (part["down.weight"] != 0).any(0)
     value = columns.view(-1, ratio, size).any(1).flatten()
-    rows = {"q": head.repeat_interleave(size), "k": group.repeat_interleave(size), "v": value, "gate": neuron, "up": neuron}
+    rows = {
+        "q": head.repeat_interleave(size),
+        "k": group.repeat_interleave(size),
+        "v": value,
+        "gate": neuron,
+        "up": neuron,
+    }
     return {role: mask.to(part["o.weight"].dtype) for role, mask in rows.items()}

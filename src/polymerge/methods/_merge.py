@@ -21,9 +21,7 @@ class Alignment:
     layers: Sequence[Mapping[int, LayerMaps]]
 
 
-def aligned(
-    lifted: Sequence[Lifted], alignment: Alignment, target: Spec, host: int
-) -> dict[int, Weights]:
+def aligned(lifted: Sequence[Lifted], alignment: Alignment, target: Spec, host: int) -> dict[int, Weights]:
     """Weights of one target layer, by expert, in the target's axes."""
     out = {}
     for k, expert in enumerate(lifted):

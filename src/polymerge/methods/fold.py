@@ -40,7 +40,7 @@ BASIS_ROWS = 64
 TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
-TILT, TILTS = 2.0, 4
+TILT = 10.0
 GRIDS: dict[str, tuple[float, ...]] = {
     "off_gate": (2.0,),
     "mute": (0.1,),
@@ -127,7 +127,7 @@ def choose(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Choice:
-    """Shape, then knobs one at a time, then balance, by the worst skill of closed-form folds of a few rows.
+    """Shape, then knobs one at a time, by the worst skill of closed-form folds of a few rows; then balance.
 
     Deterministic coordinate descent: a change stays if the held-out worst skill gains by more than the noise.
     """
@@ -155,14 +155,13 @@ def choose(
             excess = tried(target, other, balance)
             if max(excess) < BETTER * max(best):
                 best, knobs = excess, other
-    for _ in range(TILTS):
-        worst = best.index(max(best))
-        tilted = tuple(b * (TILT if k == worst else 1.0) for k, b in enumerate(balance))
-        excess = tried(target, knobs, tilted)
-        if max(excess) >= BETTER * max(best):
-            break
-        best, balance = excess, tilted
-    return Choice(target, knobs, balance, trials)
+    return Choice(target, knobs, balanced(best), trials)
+
+
+def balanced(excess: Sequence[float]) -> tuple[float, ...]:
+    """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
+    least = max(min(excess), 1e-3)
+    return tuple(min(TILT, max(1.0, (e / least) ** 2)) for e in excess)
 
 
 def _walk(shapes: Sequence[Spec], tried: Callable[[Spec], list[float]]) -> tuple[Spec, list[float]]:

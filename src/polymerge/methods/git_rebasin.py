@@ -64,7 +64,8 @@ def by_weights(anchor: Lifted, other: Lifted, target: Spec, sweeps: int) -> tupl
     a, b = anchor.outer(), other.outer()
     outside = b["embed.weight"].T @ a["embed.weight"] + b["head.weight"].T @ a["head.weight"]
     hosts = [h for h in anchor.hosts if h in other.hosts]
-    stream, found, maps = _permutation(outside, target.width), None, {}
+    stream, found = _permutation(outside, target.width), None
+    maps: dict[int, LayerMaps] = {}
     for _ in range(sweeps):
         similarity, maps = outside.clone(), {}
         for host in hosts:
@@ -105,9 +106,7 @@ def _stream_similarity(wb: Weights, wa: Weights, maps: LayerMaps) -> Tensor:
 
 
 @torch.no_grad()
-def by_activations(
-    anchor: Lifted, other: Lifted, target: Spec, tokens: Tensor
-) -> tuple[Tensor, dict[int, LayerMaps]]:
+def by_activations(anchor: Lifted, other: Lifted, target: Spec, tokens: Tensor) -> tuple[Tensor, dict[int, LayerMaps]]:
     """The same from correlations on texts."""
     device = anchor.source.device
     walk = Walk([anchor, other], tokens)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from polymerge.calibrate.calibration import Calibration
-from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, lift, shares
+from polymerge.methods._lift import Lifted, hold, lift, shares
 from polymerge.methods._maps import Stream, semi_orthogonal
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.model.source import Source
@@ -40,11 +39,7 @@ class Method:
 
 
 def padded(expert: Lifted, target: Spec) -> Stream:
-    """The stream of an expert in the first dimensions of the target's. Raises PreflightError where it is wider."""
-    if expert.spec.width > target.width:
-        raise PreflightError(
-            f"{expert.source.path}: width {expert.spec.width} does not fit into the target's {target.width} by zero padding;"
-            " choose a larger width, or a method that can narrow (orthogonal, ot_fusion, fold)"
-        )
+    """The stream of an expert in the first dimensions of the target's. Raises PreflightError where it is larger in any axis."""
+    hold(expert, target)
     eye: Tensor = torch.eye(expert.spec.width, target.width, dtype=torch.float64)
     return semi_orthogonal(eye)

@@ -1,0 +1,237 @@
+"""Runs the cells of a suite (case × seed × method) that a folder has no row of yet, and writes one row for each.
+
+run("modular", "quick", "out/bench")      # kill it, run it again: it goes on with the next cell
+report("out/bench")                       # LEADERBOARD.md, from the rows alone
+"""
+
+import contextlib
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from polymerge.bench import board
+from polymerge.bench import methods as table
+from polymerge.bench.methods import Bed, Case, Outcome
+from polymerge.bench.rows import Row, Store, summarise
+from polymerge.clock import Clock, peak_bytes
+from polymerge.errors import OutputError, PolymergeError, PreflightError
+from polymerge.progress import Progress, Quiet
+
+SUITES = ("modular", "text")
+PROFILES = ("quick", "full")
+Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
+"""(case, seed, device, scratch folder, listener) -> bed."""
+
+
+def run(
+    suite: str,
+    profile: str,
+    out: Path | str,
+    methods: Sequence[str] | None = None,
+    seeds: int = 1,
+    device: str = "auto",
+    progress: Progress | None = None,
+    *,
+    cases: Sequence[str] | None = None,
+) -> list[Row]:
+    """Fill a folder with the rows of a suite; returns all rows of the folder.
+
+    Args:
+        suite: "modular", "text" or "all".
+        profile: "quick" or "full".
+        out: folder of `rows.jsonl` and LEADERBOARD.md.
+        methods: names to run; default all that there are.
+        seeds: 0, 1, … below it.
+        device: "auto", "cpu" or "cuda".
+        progress: told about every cell.
+        cases: names to run; default all of the profile.
+
+    Raises:
+        PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written.
+    """
+    from polymerge.merge import pick_device
+
+    if suite not in (*SUITES, "all") or profile not in PROFILES:
+        raise PolymergeError(
+            f"bench: no {suite}/{profile}; suites: {', '.join(SUITES)}, all; profiles: {', '.join(PROFILES)}"
+        )
+    wanted, place, store = table.chosen(methods), pick_device(device), Store(out)
+    found = {name: _suite(name, profile) for name in (SUITES if suite == "all" else (suite,))}
+    names = [case.name for some, _ in found.values() for case in some]
+    for case_name in cases or ():
+        if case_name not in names:
+            raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
+    progress = progress or Quiet()
+    for name, (some, make) in found.items():
+        picked = [case for case in some if not cases or case.name in cases]
+        Cells(name, profile, store, wanted, seeds, place, progress, Path(out)).run(picked, make)
+    report(out)
+    return store.read()
+
+
+def report(out: Path | str) -> Path:
+    """Write LEADERBOARD.md from the rows of a folder. Raises OutputError when it has none."""
+    rows, path = Store(out).read(), Path(out) / "LEADERBOARD.md"
+    if not rows:
+        raise OutputError(f"{out}: no rows of a benchmark; run `polymerge bench` first")
+    path.write_text(board.write(rows), encoding="utf-8")
+    return path
+
+
+def _suite(name: str, profile: str) -> tuple[list[Case], Make]:
+    """A suite's cases, and what makes the bed of one."""
+    if name == "modular":
+        from polymerge.bench import modular
+        from polymerge.bench.modular_bed import ModularBed
+
+        settings = modular.PROFILES[profile]
+        return modular.cases(profile), lambda case, seed, device, scratch, tell: ModularBed(
+            case, seed, settings, scratch, device=device, progress=tell
+        )
+    from polymerge.bench import text
+
+    return text.cases(profile), lambda case, seed, device, scratch, tell: text.TextBed(
+        case, seed, scratch, device=device, progress=tell
+    )
+
+
+class Cells:
+    """The cells of one suite in one folder."""
+
+    def __init__(
+        self,
+        suite: str,
+        profile: str,
+        store: Store,
+        wanted: Sequence[str],
+        seeds: int,
+        device: str,
+        progress: Progress,
+        out: Path,
+    ) -> None:
+        self.suite, self.profile, self.store, self.wanted = suite, profile, store, wanted
+        self.seeds, self.device, self.progress, self.out = seeds, device, progress, out
+        self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
+
+    def run(self, cases: Sequence[Case], make: Make) -> None:
+        """Every cell without a row, case by case, so that experts are loaded once."""
+        done = self.store.keys()
+        cells = [
+            (case, seed, [m for m in self._methods(case) if (self.suite, self.profile, case.name, seed, m) not in done])
+            for seed in range(self.seeds)
+            for case in cases
+        ]
+        self.progress.stage(self.suite, sum(len(left) for _, _, left in cells))
+        for case, seed, left in cells:
+            if left:
+                with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
+                    self._case(case, seed, left, make, Path(scratch))
+
+    def _methods(self, case: Case) -> list[str]:
+        """What makes sense for a case: a baseline has its one expert, other cases everything else."""
+        return [m for m in self.wanted if (m in case.methods if case.methods else m != "expert")]
+
+    def _case(self, case: Case, seed: int, left: Sequence[str], make: Make, scratch: Path) -> None:
+        def tell(note: str) -> None:
+            self.progress.advance(f"{case.name} {note}", 0)
+
+        try:
+            bed = make(case, seed, self.device, scratch, tell)
+        except PreflightError as error:
+            for method in left:
+                self.store.append(self._row(case, seed, method, status="cannot", reason=str(error)))
+                self.progress.advance(case.name)
+            return
+        facts = {
+            "metric": bed.metric, "owners": bed.owners, "anchor": bed.anchor_scores, "budget": bed.budget,
+            "expert_parameters": bed.expert_parameters, "setting": bed.setting,
+        }  # fmt: skip
+        for method in left:
+            tell(method)
+            clock = Clock()
+            reset_peak(self.device)
+            try:
+                with clock("run"):
+                    outcome = table.run(bed, method)
+            except PreflightError as error:
+                row = self._row(case, seed, method, status="cannot", reason=str(error), **facts)
+            else:
+                row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))
+            self.store.append(row)
+            self.progress.advance(f"{case.name} {method}")
+
+    def _figures(self, bed: Bed, outcome: Outcome, clock: Clock) -> dict[str, Any]:
+        return {
+            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "notes", "extra")},
+            **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
+            "seconds": clock.seconds["run"] + outcome.reused[0],
+            "cpu_seconds": clock.cpu_seconds["run"] + outcome.reused[1],
+            "peak_bytes": peak(self.device),
+        }
+
+    def _row(self, case: Case, seed: int, method: str, **facts: Any) -> Row:
+        again = f"polymerge bench {self.suite} --profile {self.profile} --case {case.name} --methods {method}"
+        command = f"{again} --seeds {seed + 1} --out {self.out.name}"
+        return Row(self.suite, self.profile, case.name, seed, method, command=command, **self.about, **facts)
+
+
+def describe(device: str) -> str:
+    """The processor or GPU by name, and how much of it is used."""
+    import torch
+
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The code's commit, "+" where files differ from it; empty outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", here.parent])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said[0] + ("+" if said[1] else "")
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    import torch
+    import transformers
+
+    import polymerge
+
+    made = {"polymerge": polymerge.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return made | {"python": platform.python_version()}
+
+
+def reset_peak(device: str) -> None:
+    """Begin to measure the memory peak anew, where the system can."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def peak(device: str) -> int:
+    """Bytes at the peak since `reset_peak`: allocated on a GPU, resident otherwise."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    return peak_bytes()

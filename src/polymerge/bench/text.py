@@ -1,0 +1,258 @@
+"""Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
+
+The experts are the two that come with polymerge: prose (Llama) and Python code (GPT-NeoX), one tokenizer. The fold is
+`polymerge.merge` itself; every distilled method heals on the same tokens with the same grid of learning rates, the
+rate chosen by the worst skill on validation text.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymerge import families, plan, recipe
+from polymerge.bench import methods as table
+from polymerge.bench import modular, tokens
+from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.train import Weights
+from polymerge.calibrate.texts import read_skill
+from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.demo.corpus import write_heldout
+from polymerge.demo.run import EXPERTS
+from polymerge.evaluate import bits_per_byte
+from polymerge.heal import Heal, heal
+from polymerge.merge import TEST_ROWS, VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
+from polymerge.methods import fold as folding
+from polymerge.methods._pad import pad
+from polymerge.model.source import Source
+from polymerge.model.spec import Spec
+from polymerge.model.target import load_student
+from polymerge.progress import Quiet
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What a case merges: the anchor, the budget as in a recipe, healing tokens and learning rates."""
+
+    anchor: str = "prose"
+    budget: str = "1.5x"
+    heal_tokens: int = 400_000
+    lrs: tuple[float, ...] = (3e-4, 1e-3)
+
+
+def cases(profile: str) -> list[Case]:
+    """One size in `quick`; three in `full`."""
+    if profile == "quick":
+        return [Case("prose+code/1.5x", "text", Detail(heal_tokens=100_000))]
+    budgets = ("1.0x", "1.5x", "union")
+    return [Case(f"prose+code/{b}", "text", Detail(budget=b, lrs=(1e-4, 3e-4, 1e-3))) for b in budgets]
+
+
+class TextBed:
+    """See `methods.Bed`."""
+
+    metric = "bits per byte"
+
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        scratch: Path,
+        *,
+        device: str = "cpu",
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.detail: Detail = case.detail
+        self.seed, self.device, self.progress, self.budget = seed, device, progress, self.detail.budget
+        self.place = scratch
+        write_heldout(self.place / "text")
+        experts = {n: {"model": str(p), "text": str(self.place / "text" / f"{n}.txt")} for n, p in EXPERTS.items()}
+        size = "union" if self.budget == "union" else {"params": self.budget}
+        self.recipe = recipe.parse({
+            "method": "fold", "anchor": self.detail.anchor, "experts": experts, "size": size,
+            "dtype": "float32", "seed": seed,
+        })  # fmt: skip
+        self.sources = {name: Source(path, device=device) for name, path in EXPERTS.items()}
+        self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
+        self.texts = {n: read_skill(n, e.text, seed=seed) for n, e in self.recipe.experts.items()}
+        self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, TEST_ROWS)
+        self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
+        self.owners = {skill: row["owner"] for skill, row in self.table.items()}
+        self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
+        self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
+        self.setting = {
+            "protocol": case.protocol, "anchor": self.detail.anchor, "heal": asdict(self.detail),
+            "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
+        }  # fmt: skip
+        self._folded = Once(self._fold)
+
+    # ------------------------------------------------------------------ ours
+
+    def union(self) -> Outcome:
+        """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
+        return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
+
+    def fold(self) -> Outcome:
+        """`polymerge merge` without healing."""
+        result, cost = self._folded()
+        extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
+        scores = {skill: row["fold"] for skill, row in result.skills.items()}
+        return Outcome(scores, result.parameters, dict(result.shape), reused=cost, extra=extra)
+
+    def fold_heal(self) -> Outcome:
+        """The fold, distilled."""
+        _, cost = self._folded()
+        outcome = self._distilled(lambda: load_student(self.place / "fold"), self._target())
+        outcome.reused = cost
+        return outcome
+
+    # ------------------------------------------------------------------ controls
+
+    def anchor(self) -> Outcome:
+        """The anchor as it is."""
+        return self._single(self.detail.anchor)
+
+    def best_expert(self) -> Outcome:
+        """By its largest excess over the owners."""
+        names = list(self.sources)
+        over = {n: max(row["experts"][n] - row["owner"] for row in self.table.values()) for n in names}
+        return self._single(min(names, key=lambda n: (over[n], n)))
+
+    def ensemble(self) -> Outcome:
+        """Equal weights at every token."""
+        scores = {}
+        for skill, rows in self.test.items():
+            logs = torch.stack([s.log_probs(rows.tokens) for s in self.sources.values()]).double()
+            nats = float((math.log(len(logs)) - logs.logsumexp(0)).sum())
+            scores[skill] = nats / (math.log(2) * rows.bytes)
+        return Outcome(scores, sum(self.expert_parameters.values()))
+
+    def anchor_distill(self) -> Outcome:
+        """The anchor in the fold's shape, or in one of as many parameters that holds it."""
+        anchor = self.sources[self.detail.anchor]
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
+        outcome = self._distilled(lambda: load_student(self._saved("padded", target, weights)), target)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        return outcome
+
+    def scratch_distill(self) -> Outcome:
+        """Weights as transformers draws them."""
+        from transformers import AutoModelForCausalLM
+
+        model = load_student(self.place / "fold")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            fresh = AutoModelForCausalLM.from_config(model.config).float().state_dict()
+        return self._distilled(lambda: _loaded(load_student(self.place / "fold"), fresh), self._target())
+
+    def shrink(self) -> Outcome:
+        """The anchor alone, folded into the same shape."""
+        name = self.detail.anchor
+        return self._plain_fold({name: self.sources[name]}, {name: self.texts[name]})
+
+    def placebo(self) -> Outcome:
+        """All but the anchor shuffled."""
+        experts = {
+            name: s if name == self.detail.anchor
+            else Source(modular.shuffled(s.path, self.place / f"shuffled-{name}", self.seed), device=self.device)
+            for name, s in self.sources.items()
+        }  # fmt: skip
+        return self._plain_fold(experts, self.texts)
+
+    def rival(self, method: Any) -> Outcome:
+        """In the fold's shape, on the fold's rows."""
+        names = list(self.sources)
+        rows = calibrate(self.recipe, self.sources, self.texts, self.tokenizer)
+
+        def merged(target: Spec) -> Weights:
+            parts: list[tuple[int | None, dict[str, Tensor]]] = []
+            method.merge(
+                experts=list(self.sources.values()), anchor=names.index(self.detail.anchor), target=target, texts=rows,
+                seed=self.seed, emit=lambda layer, some: parts.append((layer, some)),
+            )  # fmt: skip
+            return gathered(parts)
+
+        target, weights, note = fitting(merged, self._target(), [s.spec for s in self.sources.values()], self.family)
+        outcome = self._measured(load_student(self._saved("rival", target, weights)), target)
+        outcome.notes = note
+        return outcome
+
+    # ------------------------------------------------------------------ parts
+
+    def _fold(self) -> Any:
+        self.progress("fold")
+        return merge(self.recipe, self.place / "fold", device=self.device)
+
+    def _target(self) -> Spec:
+        """The shape that the fold chose; the controls are given it for nothing."""
+        self._folded()
+        return Source(self.place / "fold").spec
+
+    @property
+    def family(self) -> Any:
+        """The result's family."""
+        return families.get(self._target().family)
+
+    def _single(self, name: str) -> Outcome:
+        source = self.sources[name]
+        scores = {skill: row["experts"][name] for skill, row in self.table.items()}
+        return Outcome(scores, source.parameters, table.size_of(source.spec), notes=name)
+
+    def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
+        """The fold of these experts into the chosen shape."""
+        texts = calibrate(self.recipe, experts, skills, self.tokenizer)
+        parts: list[tuple[int | None, dict[str, Tensor]]] = []
+        target = self._target()
+        done = folding.fold(
+            list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
+            emit=lambda _: lambda layer, some: parts.append((layer, some)),
+        )  # fmt: skip
+        model = load_student(self._saved("plain", target, gathered(parts)))
+        outcome = self._measured(model, target)
+        outcome.extra["knobs"] = asdict(done.choice.knobs)
+        return outcome
+
+    def _distilled(self, student: Callable[[], Any], target: Spec) -> Outcome:
+        """Heal at each learning rate; measure the best by validation."""
+        settings = Heal(tokens=self.detail.heal_tokens)
+        rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
+        held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
+        teachers = {name: load_expert(s) for name, s in self.sources.items()}
+        runs = []
+        for lr in self.detail.lrs:
+            self.progress(f"distil at {lr:g}")
+            model = student()
+            done = heal(model, teachers, rows, held, replace(settings, lr=lr), seed=self.seed, device=self.device)
+            runs.append((min(p.worst for p in done.curve), lr, model, done))
+        _, lr, model, done = min(runs, key=lambda run: run[:2])
+        outcome = self._measured(model, target)
+        outcome.tokens, outcome.steps = done.tokens, done.steps
+        outcome.notes = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
+        outcome.extra = {
+            "lr": lr, "lr_trials": {f"{rate:g}": worst for worst, rate, _, _ in runs},
+            "best_step": done.best_step, "curve": [asdict(point) for point in done.curve],
+        }  # fmt: skip
+        return outcome
+
+    def _saved(self, name: str, target: Spec, weights: Weights) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
+        tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
+        return folder
+
+    def _measured(self, model: Any, target: Spec) -> Outcome:
+        scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}
+        return Outcome(scores, plan.parameters(self.family, target), table.size_of(target))
+
+
+def _loaded(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    model.load_state_dict(weights)
+    return model

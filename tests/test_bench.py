@@ -1,0 +1,320 @@
+"""The benchmark: its trainer, its rows, and a whole run of a tiny suite, killed in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymerge import bench
+from polymerge.bench import board, methods, modular, train
+from polymerge.bench.distil import Distil, Lesson, distil
+from polymerge.bench.methods import Case
+from polymerge.bench.rows import Row, Store, summarise
+from polymerge.bench.tasks import TASKS, Arithmetic
+from polymerge.bench.tokens import TokenFold
+from polymerge.errors import OutputError, PolymergeError, PreflightError
+from polymerge.methods._refine import Refine
+from polymerge.model import decoder
+
+SMALL = Arithmetic(modulus=7, degree=3)
+TINY = modular.Settings(
+    arithmetic=SMALL,
+    training=train.Training(steps=200, lr=3e-3, weight_decay=0.0, warmup=10, batch=64, draws=64, enough=20),
+    fold=TokenFold(basis_rows=64, trial_rows=32, trial_held_out=8, refine=Refine(steps=4, rows=16, head_steps=4)),
+    distil=Distil(steps=4, batch=16, lrs=(1e-3,), every=2),
+)
+PLUS = modular.ExpertPlan("x_plus_y", 1, 32, 2, share=0.8)
+MINUS = modular.ExpertPlan("x_minus_y", 2, 48, 3, share=0.8)
+
+
+def weights_of(plan):
+    spec = modular.spec_of(plan, SMALL)
+    return spec, train.initial(spec, torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------- tasks and trainer
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_have_every_pair_once_with_the_right_answer(task):
+    rows = SMALL.rows(task)
+    assert len(rows) == {"x_div_y": 42, "permutation": 36}.get(task, 49)
+    assert len(rows[:, [0, 2]].unique(dim=0)) == len(rows)
+    assert rows.max() < SMALL.vocab
+    x, _, y, answer = rows.T
+    if task == "x_div_y":
+        assert torch.equal(answer * y % 7, x)
+    if task == "permutation":  # a group: every row and column of its table is a permutation of it
+        assert all(len(answer[x == a].unique()) == 6 and len(answer[y == a].unique()) == 6 for a in x.unique())
+
+
+def test_split_is_a_partition_that_depends_on_the_seed():
+    split = SMALL.split("x_plus_y", 0)
+    parts = torch.cat([split.train, split.validation, split.test])
+    assert torch.equal(parts.unique(dim=0), SMALL.rows("x_plus_y").unique(dim=0))
+    assert len(split.train) == 24
+    assert not torch.equal(split.train, SMALL.split("x_plus_y", 1).train)
+
+
+def test_the_full_vocabulary_is_the_seed_experiments():
+    assert Arithmetic().vocab == 222
+    assert len(Arithmetic().rows("permutation")) == 14400
+
+
+@pytest.mark.parametrize("plan", [PLUS, MINUS, modular.ExpertPlan("permutation", 3, 32, 4)])
+def test_prefix_deduplication_gives_the_loss_and_gradients_of_the_plain_pass(plan):
+    spec, start = weights_of(plan)
+    rows = torch.cat([SMALL.rows("x_plus_y"), SMALL.rows("permutation")])[::3]
+    grads = []
+    for deduplicated in (True, False):
+        weights = train.to(start, "cpu")
+        if deduplicated:
+            logits = train.answers(spec, weights, rows)
+        else:
+            x = decoder.embed(spec, weights[None], rows[:, :3])
+            for layer in range(spec.layers):
+                x = decoder.layer(spec, weights[layer], x).out
+            logits = decoder.logits(spec, weights[None], x)[:, -1]
+        loss = torch.nn.functional.cross_entropy(logits, rows[:, 3])
+        loss.backward()
+        grads.append((loss.detach(), weights[0]["k.weight"].grad, weights[None]["embed.weight"].grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_training_learns_sums_and_is_deterministic():
+    split = SMALL.split("x_plus_y", 0, 0.8)
+    spec, _ = weights_of(PLUS)
+    runs = [train.train(spec, split.train, split.validation, TINY.training, 0) for _ in range(2)]
+    assert runs[0].final["final_train_acc"] > 0.9
+    assert runs[0].curve[0]["train_loss"] > 3 * runs[0].final["final_train_loss"]
+    assert runs[0].summary() | {"seconds": 0} == runs[1].summary() | {"seconds": 0}
+    assert torch.equal(runs[0].weights[0]["q.weight"], runs[1].weights[0]["q.weight"])
+
+
+def test_step_val_acc_99_counts_updates_or_says_that_it_never_came():
+    split = SMALL.split("x_plus_y", 0, 0.8)
+    spec, _ = weights_of(PLUS)
+    never = train.train(spec, split.train, split.validation, replace(TINY.training, steps=20), 0)
+    assert never.step_val_acc_99 == 20
+    seen = train.train(spec, split.train, split.train, TINY.training, 0)  # validated on what it is trained on
+    assert seen.step_val_acc_99 % 10 == 0
+    assert seen.step_val_acc_99 < 200
+    assert seen.best_val_acc >= 0.999
+    assert seen.steps <= seen.best_step + 100
+
+
+def test_distillation_never_ends_below_its_start():
+    spec, start = weights_of(PLUS)
+    rows = SMALL.rows("x_plus_y")
+    noise = torch.randn(len(rows), spec.vocab, generator=torch.Generator().manual_seed(1))
+    before = train.measure(spec, start, rows)[0].float().mean()
+    done = distil(spec, start, {"x": Lesson(rows, noise)}, {"x": rows}, Distil(steps=4, lrs=(1e-2, 1.0), every=2), 0)
+    assert train.measure(spec, done.weights, rows)[0].float().mean() >= before
+    assert done.curve[0]["step"] == 0
+    assert sorted(done.trials) == ["0.01", "1"]
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def row(**changes):
+    made = Row("modular", "quick", "same/x_plus_y/all", 0, "fold", scores={"x_plus_y": 0.9}, owners={"x_plus_y": 1.0})
+    return replace(made, **changes)
+
+
+def test_a_half_written_line_is_ignored_and_cut_off(tmp_path):
+    store = Store(tmp_path)
+    store.append(row())
+    whole = store.path.read_bytes()
+    for cut in (1, 30, len(whole) - 1):
+        store.path.write_bytes(whole + whole[:cut])
+        assert [r.method for r in store.read()] == ["fold"]
+        store.append(row(method="union"))
+        assert store.path.read_bytes().count(b"\n") == 2
+        assert store.keys() == {row().key, row(method="union").key}
+    store.path.write_bytes(b'{"suite": ')
+    assert store.read() == []
+    store.append(row())
+    assert store.path.read_bytes() == whole
+
+
+def test_a_whole_line_that_is_no_row_is_named(tmp_path):
+    store = Store(tmp_path)
+    store.append(row())
+    store.path.write_bytes(store.path.read_bytes() + b"{}\n")
+    with pytest.raises(OutputError, match=r"rows\.jsonl:2"):
+        store.read()
+
+
+def test_rows_come_back_equal_and_infinity_becomes_null(tmp_path):
+    store, told = Store(tmp_path), row(extra={"curve": [{"step": 0}], "worst": float("inf")})
+    store.append(told)
+    assert store.read() == [replace(told, extra={"curve": [{"step": 0}], "worst": None})]
+
+
+def test_worst_skill_and_gap():
+    owners, anchor = {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.2}
+    found = summarise({"a": 0.9, "b": 0.6}, owners, anchor, "accuracy")
+    assert (found["worst"], found["worst_skill"]) == (0.6, "b")
+    assert found["gap_closed"] == pytest.approx(0.5)
+    found = summarise({"a": 2.1, "b": 2.0}, {"a": 2.0, "b": 1.5}, {"a": 2.0, "b": 3.5}, "bits per byte")
+    assert (found["worst"], found["worst_skill"]) == (2.0, "b")
+    assert found["gap_closed"] == pytest.approx(0.75)
+
+
+def test_the_leaderboard_depends_on_the_rows_only_and_says_who_wins():
+    protocol = {"setting": {"protocol": "cross"}, "case": "cross/a+b/all/sum", "owners": {"a": 1.0, "b": 1.0}}
+    rows = [
+        row(method=m, seed=seed, worst=w, worst_skill="b", scores={"a": 1.0, "b": w}, **protocol)
+        for m, w in (("fold", 0.9), ("fold_heal", 0.95), ("ot_fusion", 0.97), ("ensemble", 0.99))
+        for seed in (0, 1)
+    ]
+    rows.append(row(method="linear", status="cannot", reason="too | wide", scores={}, **protocol))
+    page = board.write(rows)
+    assert page == board.write(rows[::-1])
+    assert "cross/a+b/all/sum: ot_fusion 0.9700 (ours 0.9500)" in page
+    assert "cannot: too \\| wide" in page
+    assert page.index("does not win") < page.index("## Modular")
+
+
+# ---------------------------------------------------------------------- methods
+
+
+def test_rivals_are_found_in_the_folder_and_unknown_names_are_refused():
+    assert "linear" in methods.rivals()
+    assert "linear" in methods.known()
+    assert methods.chosen(["fold", "anchor"]) == ["fold", "anchor"]
+    with pytest.raises(PolymergeError, match="did you mean 'fold'"):
+        methods.chosen(["fodl"])
+
+
+def test_a_shape_that_holds_the_experts_keeps_to_the_budget():
+    from polymerge import families, plan
+
+    small, large, family = modular.spec_of(PLUS, SMALL), modular.spec_of(MINUS, SMALL), families.get("mistral")
+    target = replace(large, width=32, heads=6, kv_heads=6, mlp=300)
+    found = methods.holding(family, [small, large], target)
+    assert (found.width, found.layers) == (48, 2)
+    assert found.mlp >= large.mlp
+    assert plan.parameters(family, found) <= plan.parameters(family, target)
+    with pytest.raises(PreflightError, match="do not hold"):
+        methods.holding(family, [large], replace(target, mlp=1))
+
+
+def test_every_listed_case_of_the_full_profile_is_there():
+    names = [case.name for case in modular.cases("full")]
+    assert len(names) == len(set(names))
+    assert sum(name.startswith("same/") for name in names) == 16
+    assert sum(name.startswith("cross/") for name in names) == 6 * 4 * 3 + 3
+    assert sum(name.startswith("baseline/") for name in names) == 20
+
+
+# ---------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(modular.PROFILES, "quick", TINY)
+    cases = [
+        Case("baseline/plus", "baseline", modular.Detail((PLUS,), run=0), ("expert",)),
+        Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS))),
+    ]
+    monkeypatch.setattr(modular, "cases", lambda _profile: cases)
+    return tmp_path / "out"
+
+
+WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
+
+
+def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
+    rows = bench.run("modular", "quick", tiny, WANTED, device="cpu")
+    assert sorted(r.method for r in rows) == sorted(WANTED)
+    assert all(r.status == "ok" or r.reason for r in rows)
+    fold = next(r for r in rows if r.method == "fold")
+    assert set(fold.scores) == {"x_plus_y", "x_minus_y"}
+    assert fold.parameters <= sum(fold.expert_parameters.values())
+    assert fold.worst == fold.scores[fold.worst_skill]
+    assert (tiny / "LEADERBOARD.md").read_text() == board.write(rows)
+    lines = Store(tiny).path.read_bytes()
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("an expert is trained again"))
+    assert bench.run("modular", "quick", tiny, WANTED, device="cpu") == rows
+    assert Store(tiny).path.read_bytes() == lines
+
+
+def test_a_lost_row_alone_is_run_again(tiny):
+    rows = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
+    store = Store(tiny)
+    kept = [line for line in store.path.read_bytes().splitlines(keepends=True) if b'"method": "anchor"' in line]
+    store.path.write_bytes(b"".join(kept) + b'{"suite": "modu')
+    again = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
+    assert [r.scores for r in again] == [r.scores for r in rows]
+    assert store.path.read_bytes().count(b"\n") == 2
+
+
+def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny, monkeypatch):
+    def refuse(_bed):
+        raise PreflightError("this does not fit")
+
+    from polymerge.bench.modular_bed import ModularBed
+
+    monkeypatch.setattr(ModularBed, "union", refuse)
+    [found] = bench.run("modular", "quick", tiny, ["union"], device="cpu")
+    assert (found.status, found.reason, found.scores) == ("cannot", "this does not fit", {})
+    assert "cannot: this does not fit" in (tiny / "LEADERBOARD.md").read_text()
+
+
+def test_unknown_names_are_refused_before_anything_runs(tiny):
+    for words in (("modlar", "quick"), ("modular", "fast")):
+        with pytest.raises(PolymergeError, match="suites: modular, text"):
+            bench.run(*words, tiny)
+    with pytest.raises(PolymergeError, match="no case 'x'"):
+        bench.run("modular", "quick", tiny, cases=["x"])
+    assert not tiny.exists()
+    with pytest.raises(OutputError, match="no rows"):
+        bench.report(tiny)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from polymerge.bench import modular, runner
+from test_bench import MINUS, PLUS, TINY
+from polymerge.bench.methods import Case
+modular.PROFILES["quick"] = TINY
+modular.cases = lambda profile: [Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS)))]
+real, count = runner.Store.append, []
+def append(store, row):
+    count.append(row)
+    if len(count) == 3:
+        with store.path.open("ab") as file:
+            file.write(b'{{"suite": "modular", "met')
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(store, row)
+if len(sys.argv) > 2:
+    runner.Store.append = append
+runner.run("modular", "quick", sys.argv[1], ["union", "anchor", "best_expert", "ensemble"], device="cpu")
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    here = Path(__file__).parent
+    script = KILLED.format(tests=str(here))
+    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    first = subprocess.run([sys.executable, "-c", script, str(out), "kill"], env=environment, cwd=here, check=False)
+    assert first.returncode == -signal.SIGKILL
+    kept = Store(out).path.read_bytes()
+    assert kept.endswith(b'"met')
+    subprocess.run([sys.executable, "-c", script, str(out)], env=environment, cwd=here, check=True)
+    lines = Store(out).path.read_bytes()
+    assert lines.startswith(kept[: kept.rindex(b"\n") + 1])
+    found = [json.loads(line)["method"] for line in lines.splitlines()]
+    assert sorted(found) == ["anchor", "best_expert", "ensemble", "union"]
