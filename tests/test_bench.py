@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from polymerge import bench
-from polymerge.bench import board, methods, modular, train
+from polymerge.bench import board, machine, methods, modular, train
 from polymerge.bench.distil import Distil, Lesson, distil
 from polymerge.bench.methods import Case
 from polymerge.bench.rows import Row, Store, summarise
@@ -269,6 +269,21 @@ def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny, monkeypatch):
     [found] = bench.run("modular", "quick", tiny, ["union"], device="cpu")
     assert (found.status, found.reason, found.scores) == ("cannot", "this does not fit", {})
     assert "cannot: this does not fit" in (tiny / "LEADERBOARD.md").read_text()
+
+
+def test_a_bug_in_one_method_costs_no_other_row(tiny, monkeypatch):
+    from polymerge.bench.modular_bed import ModularBed
+
+    monkeypatch.setattr(ModularBed, "union", lambda _bed: 1 / 0)
+    with pytest.raises(PolymergeError, match=r"1 of the cells have no row; .* union: ZeroDivisionError"):
+        bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
+    assert [r.method for r in Store(tiny).read()] == ["anchor"]
+    assert "anchor alone" in (tiny / "LEADERBOARD.md").read_text()
+
+
+def test_reasons_name_no_folder_of_this_machine():
+    said = machine.without_folders("/home/me/cache/model-1: width 3/4 at 'sub/x' and (/tmp/a/b.txt) on a/c")
+    assert said == "model-1: width 3/4 at 'sub/x' and (b.txt) on a/c"
 
 
 def test_unknown_names_are_refused_before_anything_runs(tiny):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from polymerge import heal as healing
+from polymerge import methods, preflight, record, threads
 from polymerge import plan as planning
-from polymerge import preflight, record, threads
 from polymerge.calibrate.calibration import Calibration, gather
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ from polymerge.clock import Clock, peak_bytes
 from polymerge.evaluate import bits_per_byte
 from polymerge.methods import fold as folding
 from polymerge.methods import union
-from polymerge.methods._layers import Emit
+from polymerge.methods._layers import Emit, Knobs
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
@@ -62,7 +62,7 @@ class MergeResult:
     @property
     def worst_skill(self) -> tuple[str, float] | None:
         """The skill that lost most against its owner, and how much."""
-        last = "healed" if self.heal_curve else "fold" if self.method == "fold" else "union"
+        last = "healed" if self.heal_curve else "union" if self.method == "union" else "fold"
         losses = {name: row[last] - row["owner"] for name, row in self.skills.items()}
         return max(losses.items(), key=lambda item: item[1]) if losses else None
 
@@ -103,150 +103,180 @@ def merge(
     Raises:
         PolymergeError: recipe, source, text, size or output are not fit, with one line that says why.
     """
-    clock, progress, out = Clock(), progress or Quiet(), Path(out)
-    with clock("total"), ExitStack() as stack:
-        recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
-        progress.stage("preflight")
-        sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
-        stack.enter_context(threads.fitting(max(s.spec.width for s in sources.values())))
-        tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
-        skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
-        sizes = {k: s.parameters for k, s in sources.items()}
-        shapes = (
-            planning.make(recipe, {k: s.spec for k, s in sources.items()}, sizes) if recipe.method == "fold" else None
-        )
-        report = preflight.check(recipe, sources, tokenizers, shapes, out, skills)
-        result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
+    clock, out = Clock(), Path(out)
+    with clock("other"), ExitStack() as stack:
+        job = prepare(recipe, out, device, clock, progress or Quiet())
         if dry_run:
-            return result
-        tokenizer = tokenizers[recipe.anchor]
-        test = rows_of(skills, "test", tokenizer, recipe.fold.length, TEST_ROWS)
-        with clock("evaluate"):
-            progress.stage("experts", len(sources))
-            result.skills = measure_experts(sources, test, recipe.union.alpha, progress)
-        with TemporaryDirectory(prefix="polymerge-") as scratch, CheckpointWriter(out) as writer:
-            calibration = ""
-            if recipe.method == "union":
-                merge_union(recipe, sources, writer)
+            return job.result
+        stack.enter_context(threads.fitting(max(s.spec.width for s in job.sources.values())))
+        job.measure_experts()
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="polymerge-")))
+        with CheckpointWriter(out) as writer:
+            if job.recipe.method == "union":
+                job.write_union(writer)
             else:
-                assert shapes is not None
-                folder = Path(work) if work is not None else Path(scratch)
-                calibration = merge_fold(
-                    recipe, sources, shapes, skills, tokenizer, test, folder, writer, result, clock, progress
-                )
-            record.finish(writer, recipe, text, sources, skills, calibration, result)
-        result.out = out
-    result.seconds, result.cpu_seconds, result.peak_bytes = clock.seconds, clock.cpu_seconds, peak_bytes()
-    result.seconds["total"], result.cpu_seconds["total"] = (
-        sum(clock.seconds.values()),
-        sum(clock.cpu_seconds.values()),
-    )
-    return result
+                student = job.build(Path(work) if work is not None else scratch)
+                job.heal(student)
+                job.write(student, writer)
+            record.finish(writer, job.recipe, job.text, job.sources, job.skills, job.calibration, job.result)
+    return job.finished(out)
 
 
-def merge_union(recipe: Recipe, sources: Mapping[str, Source], writer: CheckpointWriter) -> None:
-    """All experts whole, mixed by the Bayesian gate."""
-    experts, dtype = {k: s.checkpoint for k, s in sources.items()}, getattr(torch, recipe.dtype)
-    config = union.union_config(experts, anchor=recipe.anchor, dtype=dtype, **recipe.union.model_dump())
-    union.build_union(experts, writer, config, dtype)
+def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, progress: Progress) -> "Job":
+    """Open everything, plan, and check it all: nothing is written yet. Raises PolymergeError."""
+    recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
+    progress.stage("preflight")
+    sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
+    tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
+    skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
+    sizes = {k: s.parameters for k, s in sources.items()}
+    specs = {k: s.spec for k, s in sources.items()}
+    shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes)
+    report = preflight.check(recipe, sources, tokenizers, shapes, out, skills)
+    result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
+    tokenizer = tokenizers[recipe.anchor]
+    test = rows_of(skills, "test", tokenizer, recipe.fold.length, TEST_ROWS)
+    return Job(recipe, text, sources, skills, tokenizer, shapes, test, result, clock, progress)
 
 
-def merge_fold(
-    recipe: Recipe,
-    sources: Mapping[str, Source],
-    shapes: planning.Plan,
-    skills: Mapping[str, Skill],
-    tokenizer: Any,
-    test: Mapping[str, Rows],
-    work: Path,
-    writer: CheckpointWriter,
-    result: MergeResult,
-    clock: Clock,
-    progress: Progress,
-) -> str:
-    """Fold into one decoder, heal it if asked, write it in the recipe's dtype; returns the calibration's hash."""
-    folder, family, anchor = work / "fold", shapes.family, sources[recipe.anchor]
-    texts = calibrate(recipe, sources, skills, tokenizer)
-    key = record.digest(recipe, sources, texts.digest())
-    done = record.load_fold(folder, key)
-    if done is None:
-        progress.stage("choose")
+@dataclass
+class Job:
+    """A merge under way: what was opened and checked, and the steps that fill in its result."""
+
+    recipe: Recipe
+    text: str
+    sources: Mapping[str, Source]
+    skills: Mapping[str, Skill]
+    tokenizer: Any
+    shapes: planning.Plan | None
+    test: Mapping[str, Rows]
+    result: MergeResult
+    clock: Clock
+    progress: Progress
+    work: Path = Path()
+    calibration: str = ""
+
+    @property
+    def anchor(self) -> Source:
+        """The expert whose family and tokenizer the result takes."""
+        return self.sources[self.recipe.anchor]
+
+    def measure_experts(self) -> None:
+        """Every expert and their mixture on every skill's test text."""
+        self.progress.stage("experts", len(self.sources))
+        with self.clock("evaluate"):
+            self.result.skills = measure_experts(self.sources, self.test, self.recipe.union.alpha, self.progress)
+
+    def write_union(self, writer: CheckpointWriter) -> None:
+        """All experts whole, mixed by the Bayesian gate."""
+        experts, dtype = {k: s.checkpoint for k, s in self.sources.items()}, getattr(torch, self.recipe.dtype)
+        settings = self.recipe.union.model_dump()
+        config = union.union_config(experts, anchor=self.recipe.anchor, dtype=dtype, **settings)
+        union.build_union(experts, writer, config, dtype)
+
+    def build(self, work: Path) -> Any:
+        """Fold the experts (or merge them by a rival) in the work folder, if that isn't done; the model in float32."""
+        assert self.shapes is not None
+        self.work, folder, family = work, work / "fold", self.shapes.family
+        texts = calibrate(self.recipe, self.sources, self.skills, self.tokenizer)
+        self.calibration = texts.digest()
+        key = record.digest(self.recipe, self.sources, self.calibration)
+        done = record.load_fold(folder, key)
+        if done is None:
+            with CheckpointWriter(folder) as writer:
+                done = self._merge(texts, writer)
+                write_config(writer, hf_config(family, done.choice.target, self.anchor), torch.float32)
+                record.save_fold(writer, done, key)
+        chosen, result = done.choice, self.result
+        result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
+        result.knobs, result.knob_trials = asdict(chosen.knobs), chosen.trials
+        result.balance = dict(zip(self.sources, chosen.balance, strict=True))
+        student = load_student(folder)
+        self._measure(student, "fold")
+        return student
+
+    def _merge(self, texts: Calibration, writer: CheckpointWriter) -> folding.Folded:
+        assert self.shapes is not None
+        experts, family, seed = list(self.sources.values()), self.shapes.family, self.recipe.seed
 
         def begin(target: Spec) -> Emit:
-            progress.stage("fold", target.layers + 1)
-            return sink(family, target, temporary)
+            self.progress.stage(self.recipe.method, target.layers + 1)
+            return sink(family, target, writer)
 
-        with CheckpointWriter(folder) as temporary:
-            done = folding.fold(
-                list(sources.values()),
-                family,
-                shapes.shapes,
-                texts,
-                recipe.fold,
-                emit=begin,
-                seed=recipe.seed,
-                clock=clock,
-                progress=progress.advance,
-            )
-            write_config(temporary, hf_config(family, done.choice.target, anchor), torch.float32)
-            record.save_fold(temporary, done, key)
-    chosen = done.choice
-    result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
-    result.knobs, result.knob_trials = asdict(chosen.knobs), chosen.trials
-    result.balance = dict(zip(sources, chosen.balance, strict=True))
-    student, device, dtype = load_student(folder), anchor.device, getattr(torch, recipe.dtype)
-    with clock("evaluate"):
-        progress.stage("test", len(test))
-        measure(student, test, result, "fold", device, progress)
-    if recipe.heal is not None:
-        progress.stage("heal", recipe.heal.steps)
-        with clock("heal"):
+        if self.recipe.method != "fold":
+            (target,) = self.shapes.shapes
+            rival = methods.rival(self.recipe.method)(**self.recipe.options)
+            with self.clock(self.recipe.method):
+                rival.merge(experts, list(self.sources).index(self.recipe.anchor), target, texts, begin(target), seed)
+            return folding.Folded(folding.Choice(target, Knobs(), (1.0,) * len(experts)), [])
+        self.progress.stage("choose")
+        return folding.fold(
+            experts,
+            family,
+            self.shapes.shapes,
+            texts,
+            self.recipe.fold,
+            emit=begin,
+            seed=seed,
+            clock=self.clock,
+            progress=self.progress.advance,
+        )
+
+    def heal(self, student: Any) -> None:
+        """Distil the student in place, if the recipe asks for it."""
+        settings = self.recipe.heal
+        if settings is None:
+            return
+        self.progress.stage("heal", settings.steps)
+        with self.clock("heal"):
             outcome = healing.heal(
                 student,
-                {k: load_expert(s) for k, s in sources.items()},
-                rows_of(skills, "calibration", tokenizer, recipe.heal.length),
-                rows_of(skills, "validation", tokenizer, recipe.heal.length, VALIDATION_ROWS),
-                recipe.heal,
-                out=work / "heal",
-                seed=recipe.seed,
-                device=device,
-                progress=lambda _step, _steps, note: progress.advance(note),
+                {k: load_expert(s) for k, s in self.sources.items()},
+                rows_of(self.skills, "calibration", self.tokenizer, settings.length),
+                rows_of(self.skills, "validation", self.tokenizer, settings.length, VALIDATION_ROWS),
+                settings,
+                out=self.work / "heal",
+                seed=self.recipe.seed,
+                device=self.anchor.device,
+                progress=lambda _step, _steps, note: self.progress.advance(note),
             )
-        result.heal_curve = [asdict(point) for point in outcome.curve]
-        result.heal_reference = outcome.reference
-    student = student.to(dtype)
-    weights = student.state_dict()
-    for name in Checkpoint(folder).names:
-        writer.add(name, weights[name])
-    write_config(writer, student.config, dtype)
-    progress.stage("test", len(test))
-    with clock("evaluate"):
-        measure(student.float(), test, result, "healed" if recipe.heal else "fold", device, progress)
-    return texts.digest()
+        self.result.heal_curve = [asdict(point) for point in outcome.curve]
+        self.result.heal_reference = outcome.reference
 
+    def write(self, student: Any, writer: CheckpointWriter) -> None:
+        """The weights in the recipe's dtype, and what they are worth in it."""
+        dtype = getattr(torch, self.recipe.dtype)
+        student = student.to(dtype)
+        weights = student.state_dict()
+        for name in Checkpoint(self.work / "fold").names:
+            writer.add(name, weights[name])
+        write_config(writer, student.config, dtype)
+        self._measure(student.float(), "healed" if self.recipe.heal else "fold")
 
-def measure(
-    model: Any, test: Mapping[str, Rows], result: MergeResult, column: str, device: str, progress: Progress
-) -> None:
-    """Bits per byte of the merged model on every skill's test text."""
-    for name, rows in test.items():
-        progress.advance(name)
-        result.skills[name][column] = bits_per_byte(model, rows, device=device)
+    def _measure(self, model: Any, column: str) -> None:
+        self.progress.stage("test", len(self.test))
+        with self.clock("evaluate"):
+            for name, rows in self.test.items():
+                self.progress.advance(name)
+                self.result.skills[name][column] = bits_per_byte(model, rows, device=self.anchor.device)
+
+    def finished(self, out: Path) -> MergeResult:
+        """The result, with where it is and what it took."""
+        result, clock = self.result, self.clock
+        result.out, result.peak_bytes = out, peak_bytes()
+        for mine, taken in ((result.seconds, clock.seconds), (result.cpu_seconds, clock.cpu_seconds)):
+            mine.update(taken, total=sum(taken.values()))
+        return result
 
 
 def calibrate(
     recipe: Recipe, sources: Mapping[str, Source], skills: Mapping[str, Skill], tokenizer: Any
 ) -> Calibration:
     """The rows of the fold: calibration text to fit, validation text held out."""
-    length = recipe.fold.length
+    length, gate = recipe.fold.length, recipe.fold.ownership == "gate"
     fitted = rows_of(skills, "calibration", tokenizer, length, max(1, recipe.fold.tokens // length))
     held_out = rows_of(skills, "validation", tokenizer, length, VALIDATION_ROWS)
-    return gather(
-        list(fitted.values()),
-        list(held_out.values()),
-        list(sources.values()),
-        gate=recipe.fold.ownership == "gate",
-    )
+    return gather(list(fitted.values()), list(held_out.values()), list(sources.values()), gate=gate)
 
 
 def rows_of(

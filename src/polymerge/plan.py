@@ -52,6 +52,8 @@ def make(recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, in
     family = families.get(name)
     experts = list(specs.values())
     base = _base(family, anchor, experts)
+    if recipe.method != "fold":
+        return Plan(family, (_largest(family, base, experts),), None)
     if recipe.size == "union":
         return Plan(family, (_whole(family, base, experts),), None)
     size: Size = recipe.size
@@ -125,6 +127,14 @@ def _whole(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
     spec = replace(base, heads=heads, kv_heads=heads // ratio(experts), mlp=sum(s.mlp for s in experts))
     width = sum(s.width for s in experts) + any(s.has_constants for s in experts)
     return replace(spec, width=_allowed(family, width, heads))
+
+
+def _largest(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
+    """The least shape that holds each expert alone: what methods that average weights merge into."""
+    heads = max(s.heads for s in experts)
+    width = _allowed(family, max(s.width for s in experts), heads)
+    mlp = max(s.mlp for s in experts)
+    return replace(base, width=width, heads=heads, kv_heads=heads // ratio(experts), mlp=mlp)
 
 
 def _allowed(family: Family, width: int, heads: int) -> int:

@@ -154,6 +154,7 @@ class Recipe(_Strict):
     family: str | None = None
     fold: Fold = Fold()
     union: Union = Union()
+    options: dict[str, Any] = Field(default_factory=dict)
     heal: Annotated[Heal | None, BeforeValidator(healing)] = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     seed: int = Field(0, ge=0)
@@ -163,6 +164,7 @@ class Recipe(_Strict):
         if self.anchor not in self.experts:
             raise ValueError(f"anchor: {self.anchor!r} is not among the experts ({', '.join(self.experts)})")
         methods.check(self.method)
+        methods.check_options(self.method, self.options)
         return self
 
 

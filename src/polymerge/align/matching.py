@@ -1,6 +1,6 @@
 """One-to-one and many-to-one matching of units (neurons, heads, residual dimensions) by similarity.
 
-    assign     argmax_σ Σ_i S[i, σ(i)]          linear assignment (Kuhn 1955), as in Git Re-Basin (Ainsworth et al. 2023)
+    assign     argmax_σ Σ_i S[i, σ(i)]      linear assignment (Kuhn 1955), as in Git Re-Basin (Ainsworth et al. 2023)
     heads      the same over KV groups, with the best order of query heads inside each pair of groups
     clusters   greedy agglomeration of units, most correlated first: ZipIt (Stoica et al. 2024)
 
@@ -66,7 +66,7 @@ def heads(similarity: Float[Tensor, "head other"], ratio: int, groups: int) -> l
 def clusters(similarity: Float[Tensor, "unit unit"], keep: int) -> list[list[int]]:
     """Merge the most similar clusters until `keep` are left; a merged one counts as the mean of its members.
 
-    The similarity of two clusters is the mean over pairs of members (ZipIt's, with α = 1: no damping of repeated merges).
+    The similarity of two clusters is the mean over pairs of members (ZipIt's α = 1: repeated merges not damped).
     """
     members = [[i] for i in range(len(similarity))]
     s = similarity.detach().double().cpu().clone()

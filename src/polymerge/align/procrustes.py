@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+TINY = 1e-200
+"""Squared norms below this are no weights at all."""
+
 SEEN = 1e-10
 """Singular values below this share of the largest say nothing about direction."""
 
@@ -21,8 +24,8 @@ SEEN = 1e-10
 def orthogonal(cross: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
     """The (semi-)orthogonal Q nearest to a cross-moment X_Bᵀ X_A, float64.
 
-    Orthonormal rows where source ≤ target, else orthonormal columns. Directions in which nothing is seen stay where they
-    are, as far as the others leave room.
+    Orthonormal rows where source ≤ target, else orthonormal columns. Directions in which nothing is seen stay where
+    they are, as far as the others leave room.
     """
     c = cross.double()
     u, s, vh = torch.linalg.svd(c, full_matrices=True)
@@ -54,12 +57,12 @@ def pair_factors(
     nq, nk, nqa, nka = (x.abs().pow(2).sum(-1).clamp_min(1e-300) for x in (q.transpose(0, 1).flatten(1), k,
                         q_anchor.transpose(0, 1).flatten(1), k_anchor))  # fmt: skip
     modulus = ((nqa * nk) / (nka * nq)).pow(0.25)
-    dead = (torch.minimum(nq, nk) < 1e-200) | (torch.minimum(nqa, nka) < 1e-200)
+    dead = torch.stack([nq, nk, nqa, nka]).amin(0) < TINY
     modulus = torch.where(dead, torch.ones_like(modulus), modulus)
     # Queries and keys count alike in the phase, whatever their norms.
     seen = (q_anchor.conj() * q).sum((0, 2)) / (nq * nqa).sqrt() + (k_anchor.conj() * k).sum(-1) / (nk * nka).sqrt()
     size = seen.abs()
-    phase = torch.where(size > 1e-12, seen.conj() / size.clamp_min(1e-12), torch.ones_like(seen))
+    phase = torch.where(size > SEEN, seen.conj() / size.clamp_min(SEEN), torch.ones_like(seen))
     return phase * modulus, phase / modulus
 
 

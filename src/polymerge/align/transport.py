@@ -68,10 +68,10 @@ def plan(cost: Float[Tensor, "*batch n m"], epsilon: float) -> Float[Tensor, "*b
 
 
 def mean_map(coupling: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n m"]:
-    """m P: every target unit is a weighted mean of source units."""
+    """M P: every target unit is a weighted mean of source units."""
     return coupling * coupling.shape[-1]
 
 
 def share_map(coupling: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n m"]:
-    """n P: every source unit's outgoing weight is shared out whole."""
+    """N P: every source unit's outgoing weight is shared out whole."""
     return coupling * coupling.shape[-2]

@@ -41,7 +41,7 @@ class Lesson:
 
 @dataclass
 class Distilled:
-    """The best state; `curve`: step, accuracy by skill, worst, at the chosen rate; `first_99`: first worst over 0.99."""
+    """The best state; `curve`: step, accuracy by skill, worst, at the chosen rate; `first_99`: the first over 0.99."""
 
     weights: Weights
     lr: float

@@ -17,7 +17,9 @@ from polymerge import methods as package
 from polymerge import plan as planning
 from polymerge._suggest import unknown
 from polymerge.bench.train import Weights
+from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PolymergeError, PreflightError
+from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 
 METHODS: dict[str, tuple[str, str]] = {
@@ -166,6 +168,22 @@ def fitting(
     except PreflightError as error:
         other = holding(family, holds, target)
         return other, make(other), f"another shape of as many parameters ({error})"
+
+
+def merged_by(
+    method: Any, experts: Sequence[Source], anchor: int, texts: Calibration, seed: int
+) -> Callable[[Spec], Weights]:
+    """A rival as a function from the shape to the merged weights."""
+
+    def merged(target: Spec) -> Weights:
+        parts: list[tuple[int | None, dict[str, Tensor]]] = []
+        method.merge(
+            experts=experts, anchor=anchor, target=target, texts=texts, seed=seed,
+            emit=lambda layer, some: parts.append((layer, some)),
+        )  # fmt: skip
+        return gathered(parts)
+
+    return merged
 
 
 def gathered(parts: Iterable[tuple[int | None, Mapping[str, Tensor]]]) -> Weights:

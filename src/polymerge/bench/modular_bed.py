@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from polymerge import families, plan, recipe
-from polymerge.bench import methods, modular, tokens
+from polymerge.bench import methods as table
+from polymerge.bench import modular, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.train import Weights, initial
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad
-from polymerge.methods._union_modeling import BayesGate
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
@@ -110,20 +110,14 @@ class ModularBed:
         record = self.records[0]
         extra = record["final"] | {k: record[k] for k in ("step_val_acc_99", "best_step", "best_val_acc", "curve")}
         read = record["steps"] * self.settings.training.batch * 3
-        size = methods.size_of(self.experts[0].spec)
+        size = table.size_of(self.experts[0].spec)
         note = f"trained for {record['steps']} updates in {record['seconds']:.0f} s, kept in the cache"
         return Outcome(self.table[0], self.experts[0].parameters, size, read, record["steps"], note, extra=extra)
 
     def union(self) -> Outcome:
         """The Bayesian gate sees p(operation | x) and p(y | …), which these experts were never taught."""
-
-        def mixture(rows: Tensor) -> Tensor:
-            evidence = torch.stack([e.log_probs(rows) for e in self.experts], dim=-1).double()
-            gate = BayesGate(torch.full((len(self.experts),), 1 / len(self.experts), dtype=torch.float64), 0.01)
-            after = gate.scan(gate.start(len(rows)), evidence, torch.ones(evidence.shape[:2], dtype=torch.bool))
-            return after[:, -1]
-
-        return self._mixed(mixture, "gate weights from tokens that the experts were not trained to predict")
+        notes = "gate weights from tokens that the experts were not trained to predict"
+        return self._mixed(lambda rows: tokens.gate_weights(self.experts, rows), notes)
 
     def ensemble(self) -> Outcome:
         """Equal weights."""
@@ -191,16 +185,8 @@ class ModularBed:
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows."""
         folded, _ = self._folded()
-
-        def merged(target: Spec) -> Weights:
-            parts: list[tuple[int | None, dict[str, Tensor]]] = []
-            method.merge(
-                experts=self.experts, anchor=0, target=target, texts=self.texts(), seed=self.seed,
-                emit=lambda layer, some: parts.append((layer, some)),
-            )  # fmt: skip
-            return gathered(parts)
-
-        target, weights, note = fitting(merged, folded.target, [e.spec for e in self.experts], self.family)
+        make = table.merged_by(method, self.experts, 0, self.texts(), self.seed)
+        target, weights, note = fitting(make, folded.target, [e.spec for e in self.experts], self.family)
         outcome = self._outcome(target, weights)
         outcome.notes = note
         return outcome
@@ -213,20 +199,12 @@ class ModularBed:
 
     def _single(self, k: int) -> Outcome:
         source = self.experts[k]
-        return Outcome(
-            self.table[k], source.parameters, methods.size_of(source.spec), notes=self.detail.experts[k].name
-        )
+        return Outcome(self.table[k], source.parameters, table.size_of(source.spec), notes=self.detail.experts[k].name)
 
     def _mixed(self, weights: Callable[[Tensor], Tensor], notes: str) -> Outcome:
-        """Accuracy of Σ_k w_k p_k at the answer; `weights`: log w (row, expert) of rows of three tokens."""
-        scores = {}
-        for task, split in self.splits.items():
-            right = 0
-            for rows in split.test.split(1024):
-                logs = torch.stack([e.logits(rows[:, :3])[:, -1].log_softmax(-1).cpu() for e in self.experts], dim=1)
-                mixed = (logs.double() + weights(rows[:, :3])[..., None]).logsumexp(1)
-                right += int((mixed.argmax(-1) == rows[:, 3]).sum())
-            scores[task] = right / len(split.test)
+        """Σ_k w_k p_k at the answer; `weights`: log w (row, expert) of rows of three tokens."""
+        tests = {task: split.test for task, split in self.splits.items()}
+        scores = tokens.mixture_accuracy(self.experts, tests, weights)
         return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
 
     def _distilled(self, target: Spec, weights: Weights, reused: tuple[float, float] = (0.0, 0.0)) -> Outcome:
@@ -261,4 +239,4 @@ class ModularBed:
             held = tokens.accuracy(folder, self.validation, self.device)
         more = {"validation": held, "step_val_acc_99": 0 if min(held.values()) > 0.99 else None}  # noqa: PLR2004
         parameters = plan.parameters(self.family, target)
-        return Outcome(scores, parameters, methods.size_of(target), reused=reused, extra=more | dict(extra or {}))
+        return Outcome(scores, parameters, table.size_of(target), reused=reused, extra=more | dict(extra or {}))

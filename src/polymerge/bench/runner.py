@@ -4,9 +4,6 @@ run("modular", "quick", "out/bench")      # kill it, run it again: it goes on wi
 report("out/bench")                       # LEADERBOARD.md, from the rows alone
 """
 
-import contextlib
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +11,10 @@ from typing import Any
 
 from polymerge.bench import board
 from polymerge.bench import methods as table
+from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
 from polymerge.bench.rows import Row, Store, summarise
-from polymerge.clock import Clock, peak_bytes
+from polymerge.clock import Clock
 from polymerge.errors import OutputError, PolymergeError, PreflightError
 from polymerge.progress import Progress, Quiet
 
@@ -50,7 +48,8 @@ def run(
         cases: names to run; default all of the profile.
 
     Raises:
-        PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written.
+        PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written; a method that
+            failed by a bug, after all other rows are written.
     """
     from polymerge.merge import pick_device
 
@@ -65,10 +64,13 @@ def run(
         if case_name not in names:
             raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
     progress = progress or Quiet()
-    for name, (some, make) in found.items():
-        picked = [case for case in some if not cases or case.name in cases]
-        Cells(name, profile, store, wanted, seeds, place, progress, Path(out)).run(picked, make)
-    report(out)
+    try:
+        for name, (some, make) in found.items():
+            picked = [case for case in some if not cases or case.name in cases]
+            Cells(name, profile, store, wanted, seeds, place, progress, Path(out)).run(picked, make)
+    finally:
+        if store.keys():
+            report(out)
     return store.read()
 
 
@@ -114,6 +116,7 @@ class Cells:
     ) -> None:
         self.suite, self.profile, self.store, self.wanted = suite, profile, store, wanted
         self.seeds, self.device, self.progress, self.out = seeds, device, progress, out
+        self.failures: list[tuple[str, Exception]] = []
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
     def run(self, cases: Sequence[Case], make: Make) -> None:
@@ -129,6 +132,12 @@ class Cells:
             if left:
                 with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
                     self._case(case, seed, left, make, Path(scratch))
+        if self.failures:
+            where, error = self.failures[0]
+            raise PolymergeError(
+                f"bench: {len(self.failures)} of the cells have no row;"
+                f" the first: {where}: {type(error).__name__}: {error}"
+            ) from error
 
     def _methods(self, case: Case) -> list[str]:
         """What makes sense for a case: a baseline has its one expert, other cases everything else."""
@@ -142,7 +151,7 @@ class Cells:
             bed = make(case, seed, self.device, scratch, tell)
         except PreflightError as error:
             for method in left:
-                self.store.append(self._row(case, seed, method, status="cannot", reason=str(error)))
+                self.store.append(self._row(case, seed, method, status="cannot", reason=without_folders(str(error))))
                 self.progress.advance(case.name)
             return
         facts = {
@@ -157,7 +166,10 @@ class Cells:
                 with clock("run"):
                     outcome = table.run(bed, method)
             except PreflightError as error:
-                row = self._row(case, seed, method, status="cannot", reason=str(error), **facts)
+                row = self._row(case, seed, method, status="cannot", reason=without_folders(str(error)), **facts)
+            except Exception as error:  # noqa: BLE001  one method's bug must not cost the other rows
+                self.failures.append((f"{case.name} seed {seed} {method}", error))
+                continue
             else:
                 row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))
             self.store.append(row)
@@ -176,62 +188,3 @@ class Cells:
         again = f"polymerge bench {self.suite} --profile {self.profile} --case {case.name} --methods {method}"
         command = f"{again} --seeds {seed + 1} --out {self.out.name}"
         return Row(self.suite, self.profile, case.name, seed, method, command=command, **self.about, **facts)
-
-
-def describe(device: str) -> str:
-    """The processor or GPU by name, and how much of it is used."""
-    import torch
-
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The code's commit, "+" where files differ from it; empty outside a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        said = [
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", here.parent])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return said[0] + ("+" if said[1] else "")
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    import torch
-    import transformers
-
-    import polymerge
-
-    made = {"polymerge": polymerge.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return made | {"python": platform.python_version()}
-
-
-def reset_peak(device: str) -> None:
-    """Begin to measure the memory peak anew, where the system can."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def peak(device: str) -> int:
-    """Bytes at the peak since `reset_peak`: allocated on a GPU, resident otherwise."""
-    import torch
-
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-    return peak_bytes()

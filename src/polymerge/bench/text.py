@@ -8,7 +8,7 @@ rate chosen by the worst skill on validation text.
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ from polymerge.progress import Quiet
 
 @dataclass(frozen=True)
 class Detail:
-    """What a case merges: the anchor, the budget as in a recipe, healing tokens and learning rates."""
+    """What a case merges: the anchor, budget and fold as in a recipe, healing tokens and learning rates."""
 
     anchor: str = "prose"
     budget: str = "1.5x"
     heal_tokens: int = 400_000
     lrs: tuple[float, ...] = (3e-4, 1e-3)
+    fold: dict[str, Any] = field(default_factory=dict)
+    test_rows: int = TEST_ROWS
 
 
 def cases(profile: str) -> list[Case]:
@@ -75,12 +77,12 @@ class TextBed:
         size = "union" if self.budget == "union" else {"params": self.budget}
         self.recipe = recipe.parse({
             "method": "fold", "anchor": self.detail.anchor, "experts": experts, "size": size,
-            "dtype": "float32", "seed": seed,
+            "fold": self.detail.fold, "dtype": "float32", "seed": seed,
         })  # fmt: skip
         self.sources = {name: Source(path, device=device) for name, path in EXPERTS.items()}
         self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
         self.texts = {n: read_skill(n, e.text, seed=seed) for n, e in self.recipe.experts.items()}
-        self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, TEST_ROWS)
+        self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
         self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
         self.owners = {skill: row["owner"] for skill, row in self.table.items()}
         self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
@@ -172,16 +174,8 @@ class TextBed:
         """In the fold's shape, on the fold's rows."""
         names = list(self.sources)
         rows = calibrate(self.recipe, self.sources, self.texts, self.tokenizer)
-
-        def merged(target: Spec) -> Weights:
-            parts: list[tuple[int | None, dict[str, Tensor]]] = []
-            method.merge(
-                experts=list(self.sources.values()), anchor=names.index(self.detail.anchor), target=target, texts=rows,
-                seed=self.seed, emit=lambda layer, some: parts.append((layer, some)),
-            )  # fmt: skip
-            return gathered(parts)
-
-        target, weights, note = fitting(merged, self._target(), [s.spec for s in self.sources.values()], self.family)
+        make = table.merged_by(method, list(self.sources.values()), names.index(self.detail.anchor), rows, self.seed)
+        target, weights, note = fitting(make, self._target(), [s.spec for s in self.sources.values()], self.family)
         outcome = self._measured(load_student(self._saved("rival", target, weights)), target)
         outcome.notes = note
         return outcome

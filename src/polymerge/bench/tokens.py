@@ -21,6 +21,7 @@ from polymerge.calibrate.ownership import by_prefix
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.methods._layers import Knobs, LayerFold
 from polymerge.methods._refine import Refine
+from polymerge.methods._union_modeling import BayesGate
 from polymerge.methods.fold import BETTER, GRIDS
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
@@ -194,3 +195,29 @@ def accuracy(folder: Path, tests: Mapping[str, Tensor], device: str = "cpu") -> 
             right += int((logits.argmax(-1).cpu() == part[:, 3]).sum())
         found[name] = right / len(rows)
     return found
+
+
+@torch.no_grad()
+def mixture_accuracy(
+    experts: Sequence[Source], tests: Mapping[str, Tensor], weights: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Share of right answers of Σ_k w_k p_k on every skill; `weights`: rows of three tokens -> log w (row, expert)."""
+    found = {}
+    for name, rows in tests.items():
+        right = 0
+        for part in rows.split(1024):
+            logs = torch.stack(
+                [e.logits(part[:, :3].to(e.device))[:, -1].log_softmax(-1).cpu() for e in experts], dim=1
+            )
+            mixed = (logs.double() + weights(part[:, :3])[..., None]).logsumexp(1)
+            right += int((mixed.argmax(-1) == part[:, 3]).sum())
+        found[name] = right / len(rows)
+    return found
+
+
+def gate_weights(experts: Sequence[Source], rows: Tensor, alpha: float = 0.01) -> Tensor:
+    """Log weights (row, expert) of the union's gate after rows of tokens."""
+    evidence = torch.stack([e.log_probs(rows) for e in experts], dim=-1).double()
+    gate = BayesGate(torch.full((len(experts),), 1 / len(experts), dtype=torch.float64), alpha)
+    after: Tensor = gate.scan(gate.start(len(rows)), evidence, torch.ones(evidence.shape[:2], dtype=torch.bool))
+    return after[:, -1]

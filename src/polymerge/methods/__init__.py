@@ -1,8 +1,13 @@
 """Merge methods: one file each; the folder is the registry."""
 
+import importlib
 import pkgutil
+from dataclasses import fields
+from typing import Any
 
 from polymerge._suggest import unknown
+
+OURS = ("fold", "union")
 
 
 def names() -> tuple[str, ...]:
@@ -14,3 +19,16 @@ def check(name: str) -> None:
     """Raise ValueError with the nearest known name unless there is such a method."""
     if name not in names():
         raise ValueError(unknown("method", name, names()))
+
+
+def rival(name: str) -> Any:
+    """The `Method` of a file: a frozen dataclass whose fields are its recipe options."""
+    return importlib.import_module(f"polymerge.methods.{name}").Method
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that a method does not have."""
+    known = [] if name in OURS else [f.name for f in fields(rival(name))]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"options: {unknown('option', key, known)} ({name})")

@@ -2,7 +2,8 @@
 
 What a cross-architecture rival needs before it can align anything, in exact steps only (see `_pad.py`): heads of the
 target's size and rotary frequencies, KV groups of the target's ratio (KV heads repeated), eps brought to the
-target's, RMSNorm's γ multiplied into the maps that read the norm. Width, neurons and number of groups stay the expert's own.
+target's, RMSNorm's γ multiplied into the maps that read the norm. Width, neurons and number of groups stay the
+expert's own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,10 @@ class Lifted:
         self.spec = replace(
             target, width=own.width, mlp=own.mlp, layers=own.layers, heads=groups * ratio, kv_heads=groups
         )
-        _check(own, self.spec, inf)
+        try:
+            _check(own, self.spec, inf)
+        except PreflightError as error:
+            raise PreflightError(f"{source.path}: {str(error).replace('the anchor', 'the expert')}") from None
         self.hosts = depth.uniform(own.layers, target.layers)
         self._padding = _ZeroPadding(own, self.spec, torch.Generator())
         self.tied_gain = self._padding.stream**-2

@@ -5,7 +5,7 @@
     stream    write (resid, target resid): x' = x write     read (resid, target resid): W' = W read
     layer     q, k, v, gate, up (rows of readers) and o, down (columns of writers), each (own units, target units)
 
-A semi-orthogonal Q of width d to D is write = c Q, read = Q / c, c² = D/d: then x' / rms(x') is what the readers expect.
+A semi-orthogonal Q of width d to D is write = c Q, read = Q / c, c² = D/d: then x' / rms(x') is what readers expect.
 
 Averages respect what is free: a unit that an expert does not have (zero outgoing weight) takes its incoming weights
 from those that have it; its outgoing weights count as zero. In a layer that an expert lacks, it is the identity: zero
@@ -28,7 +28,10 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stream:
-    """Maps of a residual stream; `ratio` is the scale of write over read (c² above; per dimension if need be), for tied heads."""
+    """Maps of a residual stream.
+
+    `ratio` is the scale of write over read (c² above), of all dimensions or of each: a tied head is corrected by it.
+    """
 
     write: Float[Tensor, "resid target"]
     read: Float[Tensor, "resid target"]
@@ -67,7 +70,7 @@ def head_maps(
     target: Spec,
     blocks: Mapping[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Maps of q, k, v and o (float64) that move KV groups, with blocks (hd, hd) of q, k, v, o inside, by source group."""
+    """Maps of q, k, v, o (float64) that move KV groups; `blocks` (hd, hd) of q, k, v, o inside, by source group."""
     size, ratio = target.head_size, target.heads // target.kv_heads
     eye = torch.eye(size, dtype=torch.float64)
     out = {
@@ -137,7 +140,8 @@ def blank(target: Spec, like: Tensor) -> Weights:
         role: [sizes[a] for a in spec.replace("(", "").replace(")", "").split()] for role, spec in CANONICAL.items()
     }
     features = {"qkv_bias": ("q.bias", "k.bias", "v.bias"), "o_bias": ("o.bias",),
-                "mlp_bias": ("gate.bias", "up.bias", "down.bias"), "qk_norm": ("q_norm.weight", "k_norm.weight")}  # fmt: skip
+                "mlp_bias": ("gate.bias", "up.bias", "down.bias"),
+                "qk_norm": ("q_norm.weight", "k_norm.weight")}  # fmt: skip
     roles = [f"{role}.weight" for role in ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2")]
     roles += [role for feature, extra in features.items() if feature in target.features for role in extra]
     shapes = {
@@ -157,7 +161,7 @@ def average(parts: Sequence[tuple[float, Weights]], target: Spec, like: Tensor, 
     `add`: readers are summed as well, for maps that carry the shares themselves (ZipIt).
     """
     out = blank(target, like)
-    used = [(w, part, used(part, target)) for w, part in parts if w > 0]
+    used = [(w, part, used_rows(part, target)) for w, part in parts if w > 0]
     if not used:
         return out
     for name, empty in out.items():
@@ -179,7 +183,7 @@ def average(parts: Sequence[tuple[float, Weights]], target: Spec, like: Tensor, 
     return out
 
 
-def used(part: Weights, target: Spec) -> dict[str, Tensor]:
+def used_rows(part: Weights, target: Spec) -> dict[str, Tensor]:
     """1 for every row of a reader whose unit something reads, else 0."""
     size, ratio = target.head_size, target.heads // target.kv_heads
     columns = (part["o.weight"] != 0).any(0).view(target.heads, size)

@@ -48,8 +48,8 @@ def final(
     gammas, heads = [], []
     for w, expert, stream in zip(weights, lifted, alignment.streams, strict=True):
         outer = expert.outer()
-        gain = expert.tied_gain / stream.ratio if target.tied else 1.0
-        gammas.append(w * stream.gamma(outer["norm.weight"]) * gain)
+        gain = torch.as_tensor(expert.tied_gain / stream.ratio if target.tied else 1.0)
+        gammas.append(w * stream.gamma(outer["norm.weight"]) * gain.to(embed))
         heads.append(w * (outer["head.weight"] @ stream.read.to(outer["head.weight"])))
     head = embed if target.tied else torch.stack(heads).sum(0)
     return {"norm.weight": torch.stack(gammas).sum(0), "head.weight": head}
@@ -64,7 +64,7 @@ def emit_average(
     *,
     add: bool = False,
 ) -> None:
-    """Average the aligned experts and emit the target's weights; `add`: the maps carry the shares (see `_maps.average`)."""
+    """Average the aligned experts and emit the target's weights; `add`: the maps carry the shares (`_maps.average`)."""
     share = [1.0] * len(lifted) if add else list(weights)
     embed = embedding(lifted, alignment, share)
     emit(None, {"embed.weight": embed})

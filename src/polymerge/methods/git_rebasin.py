@@ -1,4 +1,4 @@
-"""Git Re-Basin: permute an expert's units to match the anchor's, then average (Ainsworth, Hayase & Srinivasa, ICLR 2023).
+"""Git Re-Basin: permute an expert's units to match the anchor's, then average (Ainsworth et al., ICLR 2023).
 
     argmax over permutations of Σ_maps ⟨W_A, P_out W_B P_inᵀ⟩,   one linear assignment at a time
 

@@ -39,7 +39,7 @@ class Method:
 
 
 def padded(expert: Lifted, target: Spec) -> Stream:
-    """The stream of an expert in the first dimensions of the target's. Raises PreflightError where it is larger in any axis."""
+    """The stream of an expert in the first dimensions of the target's; PreflightError where any axis is larger."""
     hold(expert, target)
     eye: Tensor = torch.eye(expert.spec.width, target.width, dtype=torch.float64)
     return semi_orthogonal(eye)

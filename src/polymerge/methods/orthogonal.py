@@ -5,7 +5,7 @@
                      values rotated, rotary pairs of queries and keys multiplied by a complex factor each
     neurons          permutation by |correlation|, with the reciprocal scale (and sign) of up and down
 
-"Generalized Linear Mode Connectivity for Transformers" (Theus et al., NeurIPS 2025) for residual, heads and permutation;
+"Generalized Linear Mode Connectivity for Transformers" (Theus et al., NeurIPS 2025) for stream, heads and permutation;
 scales and phases are added here, as SwiGLU and RoPE leave them free. γ is absorbed first: only then is a rotation free.
 
 Circuits, D the residual dimension: OV_h = O_h V_h (D, D); QK_h = pairs q_p k̄_pᵀ (pair, D, D) as complex numbers. Their
@@ -167,7 +167,7 @@ def _expand(x: Tensor, ratio: int) -> Tensor:
 def _group(
     w: Weights, index: int, order: Sequence[int], size: int, ratio: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q (head, hd, n), k (hd, n), v (hd, n), o (head, hd, resid) of one KV group."""
+    """Q (head, hd, n), k (hd, n), v (hd, n), o (head, hd, resid) of one KV group."""
     heads = [index * ratio + a for a in order]
     q = w["q"].unflatten(0, (-1, size))[heads]
     o = w["o"].T.unflatten(0, (-1, size))[heads]

@@ -8,7 +8,7 @@ map: the average of the plans at all block boundaries. Heads are transported as 
 best plan of their values); value dimensions inside a head have a plan of their own; queries and keys keep their
 places inside a head, as rotary pairs may not be mixed.
 
-Corrected against the public code, which multiplies P by n on both sides: at unequal widths that scales every map by n/m.
+Corrected against the public code, which multiplies P by n on both sides: at unequal widths that scales maps by n/m.
 Works on the anchor's units: what the target has beyond them stays empty. `epsilon: 0` gives the exact plan. Recovers
 permutations (exactly for ε = 0; blurred otherwise); not signs or rotations.
 """

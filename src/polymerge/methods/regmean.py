@@ -4,8 +4,8 @@
 
 RegMean (Jin et al., ICLR 2023), with X_k the *merged* model's activations on expert k's texts, layer by layer
 (RegMean++: Nguyen et al. 2025). Both are for equal architectures; here the experts are first brought to the anchor's
-coordinates by `orthogonal`, which makes this the nearest rival of the fold that shares one set of units instead of joining all. As in RegMean,
-off-diagonal entries of G_k are damped. An expert that lacks a layer is the identity there: zero writers.
+coordinates by `orthogonal`, which makes this the nearest rival of the fold: one set of units is shared, where the fold
+joins all and drops the cheapest. As in RegMean, off-diagonal entries of G_k are damped. An expert that lacks a layer is the identity there: zero writers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from polymerge.calibrate.calibration import Calibration
 from polymerge.methods import orthogonal
 from polymerge.methods._lift import lift, rows_of_all, shares
-from polymerge.methods._maps import Weights, average, used
+from polymerge.methods._maps import Weights, average, used_rows
 from polymerge.methods._merge import Emit, aligned, embedding, final
 from polymerge.model import decoder
 from polymerge.model.source import Source
@@ -27,7 +27,7 @@ from polymerge.model.spec import Spec
 
 @dataclass(frozen=True)
 class Method:
-    """RegMean++ after `orthogonal`. `damping`: factor on off-diagonal entries of G; `ridge` λ relative to its mean diagonal."""
+    """RegMean++ after `orthogonal`. `damping`: of G's off-diagonal entries; `ridge` λ relative to its mean diagonal."""
 
     weights: tuple[float, ...] = ()
     damping: float = 0.9
@@ -77,7 +77,7 @@ class _Regression:
         out = average([(self.weights[k], part) for k, part in parts.items()], target, self.like)
         if not parts:
             return out
-        has = {k: used(part, target) for k, part in parts.items()}
+        has = {k: used_rows(part, target) for k, part in parts.items()}
 
         def regress(roles: Sequence[str], features: Callable[[Tensor], Tensor]) -> None:
             grams = self.grams(features)

@@ -2,13 +2,13 @@
 
     W_i' = (1 − α) W_i^A + α Σ_j L √(P_ij^post P_ij^pre) · Q_ij^post W_j^B (Q_ij^pre)ᵀ       for q, k, v, o of layer i
 
-(Cui et al. 2026, arXiv 2602.05495.) Q_ij (units of A, units of B) is the Sinkhorn plan on 1 − correlation of the outputs (post)
-or inputs (pre) of a map in layers i and j; P (layers of A, layers of B) is the plan on its costs. Everything
-else, MLP and embeddings included, stays the anchor's.
+(Cui et al. 2026, arXiv 2602.05495.) Q_ij (units of A, units of B) is the Sinkhorn plan on 1 − correlation of the
+outputs (post) or inputs (pre) of a map in layers i and j; P (layers of A, layers of B) is the plan on its costs.
+Everything else, MLP and embeddings included, stays the anchor's.
 
 `rescale: false` is the released code: plans of mass 1, never rescaled, so that what it adds is about 1/n² of the
-donor, and the merge is nearly (1 − α) A in the attention. `rescale: true` corrects it: post maps take means (rows sum to 1), pre
-maps share out (columns sum to 1). The released code's optional sparsification of plans and its fine-tuning
+donor, and the merge is nearly (1 − α) A in the attention. `rescale: true` corrects it: post maps take means (rows
+sum to 1), pre maps share out (columns sum to 1). The released code's optional sparsification of plans and its fine-tuning
 afterwards are left out.
 
 A donor may be of any family that shares the tokenizer, as only correlations of its linear maps are used; its rotary
@@ -39,7 +39,7 @@ MAPS = {"q": "normed", "k": "normed", "v": "normed", "o": "mixed"}
 
 @dataclass(frozen=True)
 class Method:
-    """Transport and Merge. `alpha`: the donors' share; `epsilon`: of both Sinkhorns, 0 for exact plans; `rescale` as above."""
+    """Transport and Merge. `alpha`: the donors' share; `epsilon`: of both Sinkhorns, 0 for exact plans."""
 
     alpha: float = 0.01
     epsilon: float = 0.1

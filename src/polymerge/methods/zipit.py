@@ -6,8 +6,8 @@
 "ZipIt! Merging Models from Different Tasks without Training" (Stoica et al., ICLR 2024), its greedy matching with
 α = 1 and no within-model budget. One clustering for the residual stream (correlations averaged over block
 boundaries), one per layer for neurons and one for KV groups, whose query heads are put in the order of the cluster's
-first member. Logits are averaged. A target as wide as all experts together holds them side by side, unmerged. Layers are spread
-evenly; where an expert has none it is the identity, which the average of the streams already says.
+first member. Logits are averaged. A target as wide as all experts together holds them side by side, unmerged. Layers
+are spread evenly; where an expert has none it is the identity, which the average of the streams already says.
 
 Merges duplicates in any order; does not see signs or rotations. Shares are the clusters': there are no weights.
 """

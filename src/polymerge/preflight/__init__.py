@@ -66,7 +66,7 @@ def check(
         findings += [Finding("exact", f"{name}: union", text) for name in specs]
     else:
         _check_rows(recipe, sources)
-        findings += fold_findings(specs, recipe.anchor, plan)
+        findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
     findings += _dtypes(recipe, sources)
     findings += _check_texts(recipe, tokenizers[recipe.anchor], texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)
@@ -120,6 +120,12 @@ def _check_rows(recipe: Recipe, sources: Mapping[str, Source]) -> None:
             f"anchor: {recipe.anchor!r} has {rows[recipe.anchor]:,} embedding rows (padding included), "
             f"{least!r} only {rows[least]:,}; a fold needs the anchor's in every expert: set anchor: {least}"
         )
+
+
+def _rival(recipe: Recipe) -> list[Finding]:
+    """What a method of others does to an expert: it averages weights, in the least shape that holds each expert alone."""
+    text = f"its weights are averaged with the others' as {recipe.method} aligns them; not measured"
+    return [Finding("approximate", f"{name}: {recipe.method}", text) for name in recipe.experts]
 
 
 def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
