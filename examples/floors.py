@@ -91,7 +91,7 @@ def case(size: str, seed: int) -> list[dict[str, Any]]:
         clock = Clock()
         with CheckpointWriter(folder / "fold") as writer:
             done = folding.fold(
-                list(sources.values()), shapes.family, shapes.shapes, calibrate(asked, sources, skills, tokenizer),
+                list(sources.values()), shapes.family, shapes.shapes, calibrate(asked, sources, skills, tokenizer)[0],
                 asked.fold, emit=lambda target: sink(shapes.family, target, writer), seed=seed, clock=clock,
             )  # fmt: skip
             write_config(writer, hf_config(shapes.family, done.choice.target, sources["prose"]), torch.float32)
@@ -113,7 +113,7 @@ def case(size: str, seed: int) -> list[dict[str, Any]]:
                 outcome = healing.heal(
                     model, {n: load_expert(s) for n, s in sources.items()},
                     rows_of(skills, "calibration", tokenizer, 128), rows_of(skills, "validation", tokenizer, 128, 64),
-                    healing.Heal(tokens=TOKENS, lr=rate), seed=seed,
+                    healing.Heal(tokens=TOKENS, lr=rate, evaluate_every=13), seed=seed,
                 )  # fmt: skip
                 after = {n: bits_per_byte(model, r) - owners[n]["owner"] for n, r in test.items()}
                 worst = min(p.worst for p in outcome.curve)

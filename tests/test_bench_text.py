@@ -13,7 +13,9 @@ FEW = text.Detail(heal_tokens=4096, lrs=(3e-4,), fold={"tokens": 2048, "refine":
 def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("prose+code/1.5x", "text", FEW)])
     names = ["union", "fold", "fold_heal", "anchor", "best_expert", "ensemble", "anchor_distill", "scratch_distill"]
-    rows = {r.method: r for r in bench.run("text", "quick", tmp_path, [*names, "shrink", "placebo", "linear"], device="cpu")}
+    rows = {
+        r.method: r for r in bench.run("text", "quick", tmp_path, [*names, "shrink", "placebo", "linear"], device="cpu")
+    }
     assert set(rows) == {*names, "shrink", "placebo", "linear"}
     done = {name: row for name, row in rows.items() if row.status == "ok"}
     assert {*names, "shrink", "placebo"} <= set(done)

@@ -144,3 +144,17 @@ def test_three_experts_merge(folder):
     experts = {**RECIPE["experts"], "prose2": {"model": "third-expert", "text": "prose.txt"}}
     result = polymerge.merge(write(folder, experts=experts, heal=None), folder / "three")
     assert set(result.skills) == {"prose", "code", "prose2"}
+
+
+def test_of_two_experts_of_one_skill_the_better_one_is_kept(folder):
+    """Neither labels nor a larger budget make a worse expert's say count."""
+    import shutil
+
+    save_tiny_model(folder / "noise", hidden_size=32, num_hidden_layers=1, initializer_range=0.5, seed=5)
+    shutil.copy(folder / "prose.txt", folder / "same.txt")
+    (folder / "same.txt").write_text((folder / "prose.txt").read_text().replace("pie", "tart"))
+    experts = {"prose": RECIPE["experts"]["prose"], "same": {"model": "noise", "text": "same.txt"}}
+    result = polymerge.merge(write(folder, experts=experts, heal=None, dtype="float32"), folder / "kept")
+    assert result.owners == {"prose": "prose", "same": "prose"}
+    for row in result.skills.values():
+        assert row["fold"] == pytest.approx(row["experts"]["prose"], abs=2e-3)

@@ -19,7 +19,7 @@ import torch
 from polymerge import heal as healing
 from polymerge import methods, preflight, record, threads
 from polymerge import plan as planning
-from polymerge.calibrate.calibration import Calibration, gather
+from polymerge.calibrate.calibration import Calibration, best_experts, gather
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
@@ -52,6 +52,7 @@ class MergeResult:
     skills: dict[str, dict[str, Any]] = field(default_factory=dict)
     knobs: dict[str, float] = field(default_factory=dict)
     balance: dict[str, float] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
     knob_trials: list[dict[str, Any]] = field(default_factory=list)
     heal_curve: list[dict[str, Any]] = field(default_factory=list)
     heal_reference: dict[str, float] = field(default_factory=dict)
@@ -155,6 +156,8 @@ class Job:
     progress: Progress
     work: Path = Path()
     calibration: str = ""
+    owners: dict[str, str] = field(default_factory=dict)
+    part: list[str] = field(default_factory=list)
 
     @property
     def anchor(self) -> Source:
@@ -178,7 +181,7 @@ class Job:
         """Fold the experts (or merge them by a rival) in the work folder, if that isn't done; the model in float32."""
         assert self.shapes is not None
         self.work, folder, family = work, work / "fold", self.shapes.family
-        texts = calibrate(self.recipe, self.sources, self.skills, self.tokenizer)
+        texts = self._calibrate()
         self.calibration = texts.digest()
         key = record.digest(self.recipe, self.sources, self.calibration)
         done = record.load_fold(folder, key)
@@ -190,14 +193,24 @@ class Job:
         chosen, result = done.choice, self.result
         result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
         result.knobs, result.knob_trials = asdict(chosen.knobs), chosen.trials
-        result.balance = dict(zip(self.sources, chosen.balance, strict=True))
+        result.balance = dict(zip(self.part, chosen.balance, strict=True))
+        result.owners = self.owners
         student = load_student(folder)
         self._measure(student, "fold")
         return student
 
+    def _calibrate(self) -> Calibration:
+        """The rows of the merge; experts that own no skill have no part in it."""
+        texts, self.owners = calibrate(self.recipe, self.sources, self.skills, self.tokenizer)
+        self.part = [k for k in self.sources if k in self.owners.values()]
+        if len(self.part) < len(self.sources):
+            specs = {k: s.spec for k, s in self.sources.items()}
+            self.shapes = planning.make(self.recipe, specs, self.result.expert_parameters, self.part)
+        return texts
+
     def _merge(self, texts: Calibration, writer: CheckpointWriter) -> folding.Folded:
         assert self.shapes is not None
-        experts, family, seed = list(self.sources.values()), self.shapes.family, self.recipe.seed
+        experts, family, seed = [self.sources[k] for k in self.part], self.shapes.family, self.recipe.seed
 
         def begin(target: Spec) -> Emit:
             self.progress.stage(self.recipe.method, target.layers + 1)
@@ -207,7 +220,7 @@ class Job:
             (target,) = self.shapes.shapes
             rival = methods.rival(self.recipe.method)(**self.recipe.options)
             with self.clock(self.recipe.method):
-                rival.merge(experts, list(self.sources).index(self.recipe.anchor), target, texts, begin(target), seed)
+                rival.merge(experts, self.part.index(self.recipe.anchor), target, texts, begin(target), seed)
             return folding.Folded(folding.Choice(target, Knobs(), (1.0,) * len(experts)), [])
         self.progress.stage("choose")
         return folding.fold(
@@ -231,7 +244,7 @@ class Job:
         with self.clock("heal"):
             outcome = healing.heal(
                 student,
-                {k: load_expert(s) for k, s in self.sources.items()},
+                {skill: load_expert(self.sources[owner]) for skill, owner in self.owners.items()},
                 rows_of(self.skills, "calibration", self.tokenizer, settings.length),
                 rows_of(self.skills, "validation", self.tokenizer, settings.length, VALIDATION_ROWS),
                 settings,
@@ -271,12 +284,22 @@ class Job:
 
 def calibrate(
     recipe: Recipe, sources: Mapping[str, Source], skills: Mapping[str, Skill], tokenizer: Any
-) -> Calibration:
-    """The rows of the fold: calibration text to fit, validation text held out."""
-    length, gate = recipe.fold.length, recipe.fold.ownership == "gate"
-    fitted = rows_of(skills, "calibration", tokenizer, length, max(1, recipe.fold.tokens // length))
-    held_out = rows_of(skills, "validation", tokenizer, length, VALIDATION_ROWS)
-    return gather(list(fitted.values()), list(held_out.values()), list(sources.values()), gate=gate)
+) -> tuple[Calibration, dict[str, str]]:
+    """The rows of a merge, calibration text to fit and validation text held out; and the expert that owns each skill."""
+    fold, names, experts = recipe.fold, list(sources), list(sources.values())
+    rows = max(1, fold.tokens // fold.length)
+    fitted = list(rows_of(skills, "calibration", tokenizer, fold.length, rows).values())
+    held_out = list(rows_of(skills, "validation", tokenizer, fold.length, VALIDATION_ROWS).values())
+    best = best_experts(fitted, experts) if recipe.method == "fold" else list(range(len(names)))
+    part = sorted(set(best))
+    texts = gather(
+        fitted,
+        held_out,
+        [experts[k] for k in part],
+        [part.index(k) for k in best],
+        gate=fold.ownership == "gate",
+    )
+    return texts, {skill: names[k] for skill, k in zip(names, best, strict=True)}
 
 
 def rows_of(

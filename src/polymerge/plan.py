@@ -43,14 +43,19 @@ def parameters(family: Family, spec: Spec) -> int:
     return sum(n * (spec.layers if layered else 1) for n, layered in per_row)
 
 
-def make(recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, int]) -> Plan:
-    """The plan of a recipe. Raises PreflightError when no shape fits what was asked."""
+def make(
+    recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, int], part: Sequence[str] | None = None
+) -> Plan:
+    """The plan of a recipe; `part`: the experts that take part, all by default.
+
+    Raises PreflightError when no shape fits what was asked.
+    """
     anchor = specs[recipe.anchor]
     name = recipe.family or (anchor.family if anchor.family in TARGETS else "llama")
     if name not in TARGETS:
         raise PreflightError(f"family: {name!r} cannot be a result; choose one of {', '.join(TARGETS)}")
     family = families.get(name)
-    experts = list(specs.values())
+    experts = [spec for name, spec in specs.items() if part is None or name in part]
     base = _base(family, anchor, experts)
     if recipe.method != "fold":
         return Plan(family, (_largest(family, base, experts),), None)
@@ -67,6 +72,9 @@ def make(recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, in
         return Plan(family, (_explicit(family, base, experts, size),), None)
     largest = max(expert_parameters.values())
     budget = size.params.resolve(largest)
+    whole = _whole(family, base, experts)
+    if part is not None and parameters(family, whole) <= budget:
+        return Plan(family, (whole,), budget)
     found = [s for w in _widths(size, experts) if (s := _fitted(family, base, experts, w, budget, size))]
     if not found:
         least, most = _smallest(family, base, experts, size), parameters(family, _whole(family, base, experts))

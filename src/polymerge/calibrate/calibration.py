@@ -13,6 +13,9 @@ from polymerge.calibrate.texts import Rows
 from polymerge.errors import TextError
 from polymerge.model.source import Source
 
+JUDGED, MARGIN = 64, 0.01
+"""Rows of a skill by which its owner is judged, and the share of the loss that makes a difference."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -56,14 +59,41 @@ class Calibration:
         return hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()
 
 
+def best_experts(fitted: Sequence[Rows], experts: Sequence[Source]) -> list[int]:
+    """Which expert predicts each skill's calibration text best (by skill, in the experts' order).
+
+    The skill's own expert keeps it unless another is better by `MARGIN` of the loss: two models of one skill make one
+    that keeps the better one's, and an expert that is best at nothing has nothing to add.
+    """
+    owners = []
+    for k, rows in enumerate(fitted):
+        losses = [-float(e.log_probs(rows.tokens[:JUDGED]).double().mean()) for e in experts]
+        best = min(range(len(experts)), key=losses.__getitem__)
+        owners.append(best if losses[best] < (1 - MARGIN) * losses[k] else k)
+    return owners
+
+
 def gather(
-    fitted: Sequence[Rows], held_out: Sequence[Rows], experts: Sequence[Source], *, gate: bool = False
+    fitted: Sequence[Rows],
+    held_out: Sequence[Rows],
+    experts: Sequence[Source],
+    owners: Sequence[int] | None = None,
+    *,
+    gate: bool = False,
 ) -> Calibration:
-    """Join the rows of every skill; ownership from labels, or from the union's gate (`gate`)."""
+    """Join the rows of every skill; ownership from labels, or from the union's gate (`gate`).
+
+    `owners`: index of the expert that owns each skill; by default they come in the same order.
+    """
+    owners = list(range(len(fitted))) if owners is None else owners
     for name, rows in (("calibration", fitted), ("validation", held_out)):
         if any(len(r.tokens) == 0 for r in rows):
             raise TextError(f"{name} text: a skill has less than one row of tokens; add text or shorten the rows")
-    parts = [(k, True, r.tokens) for k, r in enumerate(fitted)] + [(k, False, r.tokens) for k, r in enumerate(held_out)]
+    parts = [
+        (k, fit, r.tokens)
+        for fit, rows in ((True, fitted), (False, held_out))
+        for k, r in zip(owners, rows, strict=True)
+    ]
     tokens = torch.cat([t for _, _, t in parts])
     owner = torch.cat([torch.full((len(t),), k) for k, _, t in parts])
     if gate:
@@ -77,5 +107,10 @@ def gather(
         fit=torch.cat([torch.full((len(t),), fit) for _, fit, t in parts]),
         owned=owned.to(experts[0].dtype),
         scored=torch.ones(tokens.shape[1], dtype=torch.bool),
-        bytes_per_token=tuple(r.bytes / max(1, r.tokens[:, 1:].numel()) for r in fitted),
+        bytes_per_token=tuple(_bytes_per_token(fitted, owners, k) for k in range(len(experts))),
     )
+
+
+def _bytes_per_token(fitted: Sequence[Rows], owners: Sequence[int], expert: int) -> float:
+    mine = [r for r, owner in zip(fitted, owners, strict=True) if owner == expert]
+    return sum(r.bytes for r in mine) / max(1, sum(r.tokens[:, 1:].numel() for r in mine))

@@ -143,6 +143,14 @@ class Walk:
             for e, outer in ((e, e.outer()) for e in self.lifted)
         ]
 
+    def seen(self) -> Iterator[list[Tensor]]:
+        """The normed streams of all experts where the walk stands, batch by batch: what readers see.
+
+        Alignments compare these, not the states: a first token's state can outweigh all others by far.
+        """
+        for states in zip(*self.states, strict=True):
+            yield [decoder.normalise(e.spec, x) for e, x in zip(self.lifted, states, strict=True)]
+
     def layer(self, host: int) -> Iterator[dict[int, decoder.Trace]]:
         """Traces of the experts that have a layer here, one batch after the other; moves the states past it."""
         present = {k: w for k, e in enumerate(self.lifted) if (w := e.at(host)) is not None}

@@ -63,7 +63,24 @@ def align(lifted: Sequence[Lifted], anchor: int, target: Spec, tokens: Tensor) -
             a, b = (e.layer(e.hosts.index(host)) for e in (lifted[anchor], lifted[k]))
             heads = from_circuits(_seen(a, streams[anchor]), _seen(b, streams[k]), lifted[k].spec, target)
             layers[host][k] = LayerMaps(**heads, gate=gate, up=up, down=down)
-    return Alignment(streams, layers)
+    return Alignment([s.louder(g) for s, g in zip(streams, gains(lifted, tokens), strict=True)], layers)
+
+
+def gains(lifted: Sequence[Lifted], tokens: Tensor) -> list[float]:
+    """Factors (≥ 1) that bring all streams to the loudest one's root mean square, geometric mean over boundaries.
+
+    Upwards only, as the norms' eps then matters less, not more.
+    """
+    walk = Walk(lifted, tokens)
+    levels = torch.zeros(len(lifted), walk.lifted[0].target.layers + 1, dtype=torch.float64)
+    for boundary in range(levels.shape[1]):
+        if boundary:
+            for _ in walk.layer(boundary - 1):
+                pass
+        for k, states in enumerate(walk.states):
+            levels[k, boundary] = torch.cat(states).pow(2).mean(-1).clamp_min(1e-30).log().mean().double() / 2
+    level = levels.mean(1).exp()
+    return (level.max() / level).tolist()
 
 
 def from_activations(
@@ -76,10 +93,11 @@ def from_activations(
     neurons: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def count() -> None:
-        """Add this boundary, both streams brought to unit power so that no depth outweighs the others."""
-        x, y = (torch.cat([s.flatten(0, 1) for s in states]).double() for states in walk.states)
-        cross[:, : x.shape[1]] += y.T @ x / (x.norm() * y.norm()).clamp_min(1e-300)
-        gram.add_(y.T @ y / y.pow(2).sum().clamp_min(1e-300))
+        """Add this boundary."""
+        for x, y in walk.seen():
+            x, y = x.flatten(0, 1), y.flatten(0, 1)
+            cross[:, : x.shape[1]] += (y.T @ x).double()
+            gram.add_((y.T @ y).double())
 
     count()
     for host in range(target.layers):

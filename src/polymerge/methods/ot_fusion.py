@@ -95,7 +95,7 @@ def _boundary(walk: Walk) -> Tensor:
     """Correlations (other, anchor) of the streams where the walk stands."""
     anchor, other = walk.lifted
     states = Correlation(other.spec.width, anchor.spec.width, anchor.source.device)
-    for x, y in zip(*walk.states, strict=True):
+    for x, y in walk.seen():
         states.add(y, x)
     return states.matrix()
 
