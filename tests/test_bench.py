@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from polymerge import bench
 from polymerge.bench import board, machine, methods, modular, train
 from polymerge.bench.distil import Distil, Lesson, distil
+from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
 from polymerge.bench.rows import Row, Store, summarise
 from polymerge.bench.tasks import TASKS, Arithmetic
@@ -257,6 +260,23 @@ def test_a_lost_row_alone_is_run_again(tiny):
     again = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
     assert [r.scores for r in again] == [r.scores for r in rows]
     assert store.path.read_bytes().count(b"\n") == 2
+
+
+def test_a_case_that_another_process_is_at_is_waited_for(tiny):
+    def other():
+        with held(claim):
+            time.sleep(1)
+            Store(tiny).append(row(case="cross/plus+minus", method="anchor", scores={"x_plus_y": 0.5}))
+
+    bench.run("modular", "quick", tiny, ["union"], device="cpu")
+    [claim] = (tiny / ".claims").iterdir()
+    thread = threading.Thread(target=other)
+    thread.start()
+    time.sleep(0.3)
+    rows = bench.run("modular", "quick", tiny, ["anchor"], device="cpu")
+    thread.join()
+    assert [r.scores for r in rows if r.method == "anchor"] == [{"x_plus_y": 0.5}]
+    assert Store(tiny).path.read_bytes().count(b"\n") == 2
 
 
 def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny, monkeypatch):

@@ -25,8 +25,9 @@ FULL: dict[str, Any] = {
     "shape": {
         "family": "llama", "layers": 6, "width": 128, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 300,
     },
-    "seconds": {"basis": 1.0, "heal": 60.0, "total": 61.0},
-    "cpu_seconds": {"basis": 1.0, "heal": 110.0},
+    "seconds": 61.0,
+    "stage_seconds": {"basis": 1.0, "heal": 60.0, "total": 61.0},
+    "stage_cpu_seconds": {"basis": 1.0, "heal": 110.0},
     "peak_bytes": 900_000_000,
     "heal_reference": {"prose": 1.7, "code": 1.2},
     "heal_curve": [

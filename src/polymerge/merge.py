@@ -35,7 +35,7 @@ from polymerge.model.target import hf_config, load_student, sink, write_config
 from polymerge.progress import Progress, Quiet
 from polymerge.recipe import Recipe, read
 
-VALIDATION_ROWS = 64
+HELD_OUT_ROWS, VALIDATION_ROWS = 32, 64
 TEST_ROWS = 512
 
 
@@ -69,7 +69,7 @@ class MergeResult:
 
     def summary(self) -> dict[str, Any]:
         """Plain data, as in summary.json."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("out", "report")}
+        plain = {key: value for key, value in vars(self).items() if key not in ("out", "report", "cpu_seconds")}
         worst = self.worst_skill
         return {
             **plain,
@@ -289,7 +289,7 @@ def calibrate(
     fold, names, experts = recipe.fold, list(sources), list(sources.values())
     rows = max(1, fold.tokens // fold.length)
     fitted = list(rows_of(skills, "calibration", tokenizer, fold.length, rows).values())
-    held_out = list(rows_of(skills, "validation", tokenizer, fold.length, VALIDATION_ROWS).values())
+    held_out = list(rows_of(skills, "validation", tokenizer, fold.length, HELD_OUT_ROWS).values())
     best = best_experts(fitted, experts) if recipe.method == "fold" else list(range(len(names)))
     part = sorted(set(best))
     texts = gather(

@@ -21,7 +21,7 @@ class Writer:
     solution: Tensor
 
 
-def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 0.05) -> Tensor:
+def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 0.1) -> Tensor:
     """Indices (ascending) of the `keep` input groups of `group` consecutive inputs that are worth most.
 
     Groups go one by one while few are left to remove, else in lots of `step` of those that remain.

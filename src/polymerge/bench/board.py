@@ -5,6 +5,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from polymerge.bench.methods import METHODS
+from polymerge.bench.modular import RUNS, SHAPES
 from polymerge.bench.rows import Row
 
 SEED: Mapping[int, Mapping[str, tuple[float, int]]] = {
@@ -52,6 +53,10 @@ def write(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+QUICK = (
+    "The quick profile has one seed, one pair of tasks of the six, one kind of difference of the four, one size of"
+    " three, no permutations, and less healing than the full profile: a smoke test of the claims, no proof."
+)
 SAME = (
     "Test accuracy, and updates until validation accuracy is over 0.99 (`step_val_acc_99`; 0: before any training)."
     " The seed experiment's figures are validation accuracies of its last state; its merged models were trained from"
@@ -71,9 +76,9 @@ def _preface(rows: Sequence[Row]) -> str:
     }
     lines = [f"- {key}: {', '.join(values)}" for key, values in seen.items() if values]
     versions = sorted({f"{k} {v}" for r in rows for k, v in r.versions.items()})
-    return "Made from the rows by `polymerge report`; edit nothing here.\n\n" + "\n".join(
-        [*lines, f"- versions: {', '.join(versions)}", f"- rows: {len(rows)}"]
-    )
+    parts = ["Made from the rows by `polymerge report`; edit nothing here."]
+    parts += [QUICK] if any(r.profile == "quick" for r in rows) else []
+    return "\n\n".join([*parts, "\n".join([*lines, f"- versions: {', '.join(versions)}", f"- rows: {len(rows)}"])])
 
 
 def _winners(rows: Sequence[Row]) -> str:
@@ -101,11 +106,11 @@ def _winners(rows: Sequence[Row]) -> str:
 def _same(rows: Sequence[Row]) -> str:
     """The seed's table beside ours: a line for each task and run."""
     head = ["task", "run", "seed: accuracy", "seed: steps", "expert alone: accuracy", "expert alone: steps"]
-    lines = []
+    lines, shapes = [], {0: SHAPES["base"]} | {run: SHAPES[kind] for kind, run in RUNS.items()}
     for task in dict.fromkeys(t for numbers in SEED.values() for t in numbers):
         for run in SEED:
             here = [r for r in rows if task in r.scores and r.setting.get("run") == run]
-            alone = [r for r in rows if r.method == "expert" and task in r.scores and _shape(r) == SHAPES[run]]
+            alone = [r for r in rows if r.method == "expert" and task in r.scores and _shape(r) == shapes[run]]
             if not (here or alone):
                 continue
             accuracy, steps = SEED[run][task]
@@ -117,9 +122,6 @@ def _same(rows: Sequence[Row]) -> str:
     for method in ("fold", "fold_heal", "scratch_distill"):
         head += [f"{_name(method)}: accuracy", "steps"]
     return _table(head, lines)
-
-
-SHAPES = {0: (2, 128, 4), 1: (4, 128, 4), 2: (2, 256, 4), 3: (2, 128, 8), 4: (4, 256, 8)}
 
 
 def _shape(row: Row) -> tuple[int, int, int]:

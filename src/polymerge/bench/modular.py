@@ -9,7 +9,6 @@ in a cache folder under a hash of all that they depend on.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 
 from polymerge import families
 from polymerge.bench.distil import Distil
+from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
 from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.bench.tokens import TokenFold
-from polymerge.bench.train import Training, train
+from polymerge.bench.train import Trained, Training, train
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -145,34 +145,31 @@ def trained(
     text = json.dumps(depends, sort_keys=True)
     folder = cache / f"{plan.name}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     record = folder / "training.json"
-    if record.is_file():
-        return folder, json.loads(record.read_text(encoding="utf-8"))
-    split = settings.arithmetic.split(plan.task, seed, plan.share)
-    spec, family = spec_of(plan, settings.arithmetic), families.get("llama")
-    done = train(
-        spec, split.train, split.validation, training, seed,
-        device=device, progress=lambda note: progress(f"{plan.name}: {note}"),
-    )  # fmt: skip
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".training-") as scratch:
-        made = Path(scratch) / "model"
-        from transformers import AutoConfig
-
-        assert family.write is not None
-        config = AutoConfig.for_model("llama", **family.write(spec), bos_token_id=None, eos_token_id=None)
-        config.architectures = [family.architecture]
-        with CheckpointWriter(made) as writer:
-            emit = sink(family, spec, writer)
-            for layer, weights in done.weights.items():
-                emit(layer, {role: w.detach().cpu() for role, w in weights.items()})
-            write_config(writer, config, torch.float32)
-            writer.text("training.json", json.dumps(done.summary() | {"depends": depends}, indent=1) + "\n")
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster; its expert is the same
-            if not record.is_file():
-                raise
+    with held(cache / f".{folder.name}.lock"):  # another process may be training it
+        if not record.is_file():
+            split = settings.arithmetic.split(plan.task, seed, plan.share)
+            done = train(
+                spec_of(plan, settings.arithmetic), split.train, split.validation, training, seed,
+                device=device, progress=lambda note: progress(f"{plan.name}: {note}"),
+            )  # fmt: skip
+            _keep(folder, plan, settings.arithmetic, done, depends)
     return folder, json.loads(record.read_text(encoding="utf-8"))
+
+
+def _keep(folder: Path, plan: ExpertPlan, arithmetic: Arithmetic, done: Trained, depends: dict[str, Any]) -> None:
+    """Write an expert as a Hugging Face folder, with the record of its training."""
+    from transformers import AutoConfig
+
+    spec, family = spec_of(plan, arithmetic), families.get("llama")
+    assert family.write is not None
+    config = AutoConfig.for_model("llama", **family.write(spec), bos_token_id=None, eos_token_id=None)
+    config.architectures = [family.architecture]
+    with CheckpointWriter(folder) as writer:
+        emit = sink(family, spec, writer)
+        for layer, weights in done.weights.items():
+            emit(layer, {role: w.detach().cpu() for role, w in weights.items()})
+        write_config(writer, config, torch.float32)
+        writer.text("training.json", json.dumps(done.summary() | {"depends": depends}, indent=1) + "\n")
 
 
 def shuffled(source: Path, folder: Path, seed: int) -> Path:

@@ -88,7 +88,8 @@ class ModularBed:
         found = {}
         for task in self.skills:
             rows = self.splits[task].train
-            logits = [self.experts[self.owner[task]].logits(part[:, :3])[:, -1].cpu() for part in rows.split(1024)]
+            owner = self.experts[self.owner[task]]
+            logits = [owner.logits(part[:, :3].to(self.device))[:, -1].cpu() for part in rows.split(1024)]
             found[task] = Lesson(rows, torch.cat(logits))
         return found
 

@@ -4,13 +4,18 @@ run("modular", "quick", "out/bench")      # kill it, run it again: it goes on wi
 report("out/bench")                       # LEADERBOARD.md, from the rows alone
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from polymerge import threads
 from polymerge.bench import board
 from polymerge.bench import methods as table
+from polymerge.bench.locks import held
 from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
 from polymerge.bench.rows import Row, Store, summarise
@@ -34,6 +39,8 @@ def run(
     progress: Progress | None = None,
     *,
     cases: Sequence[str] | None = None,
+    workers: int = 1,
+    parent: int | None = None,
 ) -> list[Row]:
     """Fill a folder with the rows of a suite; returns all rows of the folder.
 
@@ -46,6 +53,9 @@ def run(
         device: "auto", "cpu" or "cuda".
         progress: told about every cell.
         cases: names to run; default all of the profile.
+        workers: processes that share the cases. The same command on another machine or GPU shares them as well, if
+            it sees the same folder.
+        parent: of a helping process, which ends when that one has.
 
     Raises:
         PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written; a method that
@@ -64,12 +74,22 @@ def run(
         if case_name not in names:
             raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
     progress = progress or Quiet()
+    out = Path(out)
+    more = {"methods": methods, "seeds": seeds, "device": device, "cases": cases, "parent": os.getpid()}
+    context = get_context("spawn")
+    helpers = [
+        context.Process(target=run, args=(suite, profile, out), kwargs=more, daemon=True) for _ in range(workers - 1)
+    ]
     try:
+        for helper in helpers:
+            helper.start()
         for name, (some, make) in found.items():
             picked = [case for case in some if not cases or case.name in cases]
-            Cells(name, profile, store, wanted, seeds, place, progress, Path(out)).run(picked, make)
+            Cells(name, profile, store, wanted, seeds, place, progress, out, parent).run(picked, make)
     finally:
-        if store.keys():
+        for helper in helpers:
+            helper.terminate()
+        if parent is None and store.keys():
             report(out)
     return store.read()
 
@@ -113,31 +133,47 @@ class Cells:
         device: str,
         progress: Progress,
         out: Path,
+        parent: int | None = None,
     ) -> None:
         self.suite, self.profile, self.store, self.wanted = suite, profile, store, wanted
         self.seeds, self.device, self.progress, self.out = seeds, device, progress, out
+        self.parent = parent
         self.failures: list[tuple[str, Exception]] = []
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
     def run(self, cases: Sequence[Case], make: Make) -> None:
-        """Every cell without a row, case by case, so that experts are loaded once."""
-        done = self.store.keys()
-        cells = [
-            (case, seed, [m for m in self._methods(case) if (self.suite, self.profile, case.name, seed, m) not in done])
-            for seed in range(self.seeds)
-            for case in cases
-        ]
-        self.progress.stage(self.suite, sum(len(left) for _, _, left in cells))
-        for case, seed, left in cells:
-            if left:
-                with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
-                    self._case(case, seed, left, make, Path(scratch))
+        """Every cell without a row, case by case: experts are loaded once. What others have taken comes last."""
+        groups = [(case, seed) for seed in range(self.seeds) for case in cases]
+        self.progress.stage(self.suite, sum(len(self._left(*group)) for group in groups))
+        with threads.fitting(0):  # small models: more threads only wait, more workers don't
+            taken = [group for group in groups if not self._claimed(*group, make, wait=False)]
+            for group in taken:
+                self._claimed(*group, make, wait=True)
         if self.failures:
             where, error = self.failures[0]
             raise PolymergeError(
                 f"bench: {len(self.failures)} of the cells have no row;"
                 f" the first: {where}: {type(error).__name__}: {error}"
             ) from error
+
+    def _claimed(self, case: Case, seed: int, make: Make, *, wait: bool) -> bool:
+        """Run what is left of a case, unless another process is at it."""
+        if self.parent is not None and os.getppid() != self.parent:
+            raise SystemExit
+        if not self._left(case, seed):
+            return True
+        name = hashlib.sha256(f"{self.suite} {self.profile} {case.name} {seed}".encode()).hexdigest()[:16]
+        with held(self.out / ".claims" / name, wait=wait) as mine:
+            left = self._left(case, seed) if mine else []
+            if left:
+                with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
+                    self._case(case, seed, left, make, Path(scratch))
+        return mine
+
+    def _left(self, case: Case, seed: int) -> list[str]:
+        """Methods of a case that have no row yet."""
+        done = self.store.keys()
+        return [m for m in self._methods(case) if (self.suite, self.profile, case.name, seed, m) not in done]
 
     def _methods(self, case: Case) -> list[str]:
         """What makes sense for a case: a baseline has its one expert, other cases everything else."""

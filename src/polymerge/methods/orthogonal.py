@@ -1,12 +1,13 @@
 """Generalized linear mode connectivity: align by the symmetries that a transformer really has, then average.
 
-    residual stream  rotation Q by Procrustes of activations at all block boundaries; semi-orthogonal at unequal widths
+    residual stream  rotation Q by Procrustes of normed activations at all block boundaries, semi-orthogonal at unequal
+                     widths; and one scale, so that no expert's stream drowns another's in the average
     heads            KV groups and query heads matched on their QK and OV circuits, which no gauge changes; then
                      values rotated, rotary pairs of queries and keys multiplied by a complex factor each
     neurons          permutation by |correlation|, with the reciprocal scale (and sign) of up and down
 
 "Generalized Linear Mode Connectivity for Transformers" (Theus et al., NeurIPS 2025) for stream, heads and permutation;
-scales and phases are added here, as SwiGLU and RoPE leave them free. γ is absorbed first: only then is a rotation free.
+scales and phases are added here, as RMSNorm, SwiGLU and RoPE leave them free. γ is absorbed first: only then is a rotation free.
 
 Circuits, D the residual dimension: OV_h = O_h V_h (D, D); QK_h = pairs q_p k̄_pᵀ (pair, D, D) as complex numbers. Their
 inner products need hd × hd matrices only: ⟨O_a V_a, O_b V_b⟩ = Σ (O_aᵀ O_b) ∘ (V_a V_bᵀ).

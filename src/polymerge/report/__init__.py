@@ -5,7 +5,7 @@ All of it is made from `MergeResult.summary()`, plain data that is also saved as
     skills        {name: {owner, union, fold, healed, experts: {expert: …}}}, bits per byte on test text
     parameters    of the result;  expert_parameters: {expert: …}
     shape         family, layers, width, heads, kv_heads, head_size, mlp
-    seconds       {stage: …, total: …};  cpu_seconds likewise;  peak_bytes
+    seconds       wall time; stage_seconds, stage_cpu_seconds {stage: …};  peak_bytes
     heal_curve    [{step, tokens, validation: {skill: …}, …}];  knobs, knob_trials
     preflight     what was found before the merge
 """
@@ -34,14 +34,12 @@ def worst(skills: Mapping[str, Mapping[str, Any]], stage: str | None = None) -> 
 
 
 def total_seconds(summary: Mapping[str, Any]) -> float | None:
-    """Wall time of the whole merge, from stages or from the total alone."""
-    seconds = summary.get("seconds")
-    total = seconds.get("total") if isinstance(seconds, Mapping) else seconds
+    """Wall time of the whole merge."""
+    total = summary.get("seconds")
     return None if total is None else float(total)
 
 
 def stage_seconds(summary: Mapping[str, Any], key: str = "seconds") -> dict[str, float]:
-    """Wall (or `cpu_seconds`) time by stage, without the total; empty where only the total is known."""
-    seconds = summary.get(f"stage_{key}") or summary.get(key)
-    stages = seconds if isinstance(seconds, Mapping) else {}
+    """Wall (or `cpu_seconds`) time by stage, without the total."""
+    stages = summary.get(f"stage_{key}") or {}
     return {name: float(value) for name, value in stages.items() if name != "total"}
