@@ -224,14 +224,59 @@ def demo(
     typer.echo(f"report: {done.report}")
 
 
+@app.command(
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "[cyan]polymerge bench text --profile quick --out out/bench[/]  every method on the demo's experts\n\n"
+        "[cyan]polymerge bench modular --methods fold,union --seeds 3[/]  the arithmetic experiment, two methods\n\n"
+        "Kill it anywhere and run it again: finished rows are neither lost nor repeated."
+    )
+)
+def bench(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="modular, text or all.")],
+    *,
+    profile: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
+    cases: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of rows.jsonl and LEADERBOARD.md.")] = Path("out/bench"),
+    device: OnDevice = Device.auto,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Benchmark every method on the same experts, texts and tokens."""
+    from polymerge import bench as package
+
+    no_loading_bars()
+    with interruptible("finished rows are kept; run it again to go on"), bars.choose(quiet=quiet) as listener:
+        package.run(
+            suite,
+            profile,
+            out,
+            methods.split(",") if methods else None,
+            seeds,
+            device.value,
+            listener,
+            cases=cases.split(",") if cases else None,
+            workers=workers,
+        )
+    typer.echo(f"leaderboard: {out / 'LEADERBOARD.md'}")
+
+
 @app.command()
 def report(
     summary: Annotated[
-        Path, typer.Argument(metavar="SUMMARY", help="A summary.json, as `polymerge merge --json` prints it.")
+        Path,
+        typer.Argument(metavar="SUMMARY", help="A merge's summary.json, or the folder of a benchmark."),
     ],
     out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The HTML page to write.")] = Path("report.html"),
 ) -> None:
-    """Draw the page of figures of a finished merge."""
+    """Draw the page of figures of a finished merge, or the leaderboard of a benchmark's rows."""
+    if summary.is_dir():
+        from polymerge import bench as package
+
+        typer.echo(f"leaderboard: {package.report(summary)}")
+        return
     from polymerge.report import html
 
     html.write(out, html.read(summary))
