@@ -15,7 +15,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from polymerge.align import depth
-from polymerge.align.transport import plan
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import _check, _Padding
@@ -127,14 +126,6 @@ def hold(expert: Lifted, target: Spec) -> None:
             )
 
 
-def plan_of(cost: Tensor, epsilon: float) -> Tensor:
-    """A transport plan; PreflightError where the exact one (epsilon 0) is out of reach."""
-    try:
-        return plan(cost, epsilon)
-    except ValueError as error:
-        raise PreflightError(f"epsilon: {epsilon}: {error}") from None
-
-
 def rows_of_all(texts: Calibration, limit: int) -> Int[Tensor, "row time"]:
     """Fitted rows, at most `limit`, evenly from all owners."""
     each = max(1, limit // len(texts.owned))
@@ -151,14 +142,6 @@ class Walk:
             [decoder.embed(e.spec, outer, rows.to(e.source.device)) for rows in self.tokens]
             for e, outer in ((e, e.outer()) for e in self.lifted)
         ]
-
-    def seen(self) -> Iterator[list[Tensor]]:
-        """The normed streams of all experts where the walk stands, batch by batch: what readers see.
-
-        Alignments compare these, not the states: a first token's state can outweigh all others by far.
-        """
-        for states in zip(*self.states, strict=True):
-            yield [decoder.normalise(e.spec, x) for e, x in zip(self.lifted, states, strict=True)]
 
     def layer(self, host: int) -> Iterator[dict[int, decoder.Trace]]:
         """Traces of the experts that have a layer here, one batch after the other; moves the states past it."""

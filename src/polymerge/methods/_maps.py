@@ -37,10 +37,6 @@ class Stream:
     read: Float[Tensor, "resid target"]
     ratio: float | Float[Tensor, " target"] = 1.0
 
-    def louder(self, gain: float) -> "Stream":
-        """The same with states `gain` times as large, which no norm sees (but for its eps)."""
-        return Stream(self.write * gain, self.read, self.ratio * gain)
-
     def gamma(self, gamma: Float[Tensor, " resid"]) -> Float[Tensor, " target"]:
         """A norm's weight in the target's coordinates: exact for permutations, the best diagonal otherwise."""
         share = (self.write * self.read).abs().to(gamma)

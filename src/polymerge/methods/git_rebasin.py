@@ -113,7 +113,7 @@ def by_activations(anchor: Lifted, other: Lifted, target: Spec, tokens: Tensor) 
     states = Correlation(other.spec.width, anchor.spec.width, device)
     maps: dict[int, LayerMaps] = {}
     ratio = target.heads // target.kv_heads
-    for x, y in walk.seen():
+    for x, y in zip(*walk.states, strict=True):
         states.add(y, x)
     for host in range(target.layers):
         hidden = Correlation(other.spec.mlp, anchor.spec.mlp, device)
@@ -124,7 +124,7 @@ def by_activations(anchor: Lifted, other: Lifted, target: Spec, tokens: Tensor) 
             if both:
                 hidden.add(traces[1].hidden, traces[0].hidden)
                 mixed.add(traces[1].mixed, traces[0].mixed)
-        for x, y in walk.seen():
+        for x, y in zip(*walk.states, strict=True):
             states.add(y, x)
         if both:
             neurons = _permutation(hidden.matrix(), target.mlp)

@@ -1,13 +1,12 @@
 """Generalized linear mode connectivity: align by the symmetries that a transformer really has, then average.
 
-    residual stream  rotation Q by Procrustes of normed activations at all block boundaries, semi-orthogonal at unequal
-                     widths; and one scale, so that no expert's stream drowns another's in the average
+    residual stream  rotation Q by Procrustes of activations at all block boundaries; semi-orthogonal at unequal widths
     heads            KV groups and query heads matched on their QK and OV circuits, which no gauge changes; then
                      values rotated, rotary pairs of queries and keys multiplied by a complex factor each
     neurons          permutation by |correlation|, with the reciprocal scale (and sign) of up and down
 
 "Generalized Linear Mode Connectivity for Transformers" (Theus et al., NeurIPS 2025) for stream, heads and permutation;
-scales and phases are added here, as RMSNorm, SwiGLU and RoPE leave them free. γ is absorbed first: only then is a rotation free.
+scales and phases are added here, as SwiGLU and RoPE leave them free. γ is absorbed first: only then is a rotation free.
 
 Circuits, D the residual dimension: OV_h = O_h V_h (D, D); QK_h = pairs q_p k̄_pᵀ (pair, D, D) as complex numbers. Their
 inner products need hd × hd matrices only: ⟨O_a V_a, O_b V_b⟩ = Σ (O_aᵀ O_b) ∘ (V_a V_bᵀ).
@@ -64,24 +63,7 @@ def align(lifted: Sequence[Lifted], anchor: int, target: Spec, tokens: Tensor) -
             a, b = (e.layer(e.hosts.index(host)) for e in (lifted[anchor], lifted[k]))
             heads = from_circuits(_seen(a, streams[anchor]), _seen(b, streams[k]), lifted[k].spec, target)
             layers[host][k] = LayerMaps(**heads, gate=gate, up=up, down=down)
-    return Alignment([s.louder(g) for s, g in zip(streams, gains(lifted, tokens), strict=True)], layers)
-
-
-def gains(lifted: Sequence[Lifted], tokens: Tensor) -> list[float]:
-    """Factors (≥ 1) that bring all streams to the loudest one's root mean square, geometric mean over boundaries.
-
-    Upwards only, as the norms' eps then matters less, not more.
-    """
-    walk = Walk(lifted, tokens)
-    levels = torch.zeros(len(lifted), walk.lifted[0].target.layers + 1, dtype=torch.float64)
-    for boundary in range(levels.shape[1]):
-        if boundary:
-            for _ in walk.layer(boundary - 1):
-                pass
-        for k, states in enumerate(walk.states):
-            levels[k, boundary] = torch.cat(states).pow(2).mean(-1).clamp_min(1e-30).log().mean().double() / 2
-    level = levels.mean(1).exp()
-    return (level.max() / level).tolist()
+    return Alignment(streams, layers)
 
 
 def from_activations(
@@ -94,11 +76,10 @@ def from_activations(
     neurons: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def count() -> None:
-        """Add this boundary."""
-        for x, y in walk.seen():
-            x, y = x.flatten(0, 1), y.flatten(0, 1)
-            cross[:, : x.shape[1]] += (y.T @ x).double()
-            gram.add_((y.T @ y).double())
+        """Add this boundary, both streams brought to unit power so that no depth outweighs the others."""
+        x, y = (torch.cat([s.flatten(0, 1) for s in states]).double() for states in walk.states)
+        cross[:, : x.shape[1]] += y.T @ x / (x.norm() * y.norm()).clamp_min(1e-300)
+        gram.add_(y.T @ y / y.pow(2).sum().clamp_min(1e-300))
 
     count()
     for host in range(target.layers):

@@ -7,9 +7,9 @@ outputs (post) or inputs (pre) of a map in layers i and j; P (layers of A, layer
 Everything else, MLP and embeddings included, stays the anchor's.
 
 `rescale: false` is the released code: plans of mass 1, never rescaled, so that what it adds is about 1/n² of the
-donor, and the merge is nearly (1 − α) A in the attention. `rescale: true` corrects it: post maps take means (rows of
-Q sum to 1), pre maps share out (columns of Q sum to 1). Left out: the released code's optional sparsification of
-plans, and its fine-tuning afterwards.
+donor, and the merge is nearly (1 − α) A in the attention. `rescale: true` corrects it: post maps take means (rows
+sum to 1), pre maps share out (columns sum to 1). The released code's optional sparsification of plans and its fine-tuning
+afterwards are left out.
 
 A donor may be of any family that shares the tokenizer, as only correlations of its linear maps are used; its rotary
 pairs and heads are not respected by the transport. The anchor must be llama-like.
@@ -25,7 +25,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, hold, plan_of, rows_of_all
+from polymerge.methods._lift import Lifted, hold, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods.linear import padded
@@ -111,9 +111,9 @@ class Method:
             costs = torch.zeros(anchor.spec.layers, donor.spec.layers, dtype=torch.float64)
             for i, j in torch.cartesian_prod(*(torch.arange(n) for n in costs.shape)).view(-1, 2).tolist():
                 cost = 1 - moments[kind, i, j].matrix()
-                plans[kind, i, j] = plan_of(cost, self.epsilon)
+                plans[kind, i, j] = transport.plan(cost, self.epsilon)
                 costs[i, j] = float((cost * plans[kind, i, j]).sum())
-            layers[kind] = plan_of(costs, self.epsilon)
+            layers[kind] = transport.plan(costs, self.epsilon)
         return plans, layers
 
 

@@ -68,7 +68,7 @@ def zipped(lifted: Sequence[Lifted], target: Spec, tokens: Tensor) -> Alignment:
 
 def _boundary(walk: Walk, width: int) -> Tensor:
     states = Correlation(width, width, walk.lifted[0].source.device)
-    for batches in walk.seen():
+    for batches in zip(*walk.states, strict=True):
         x = torch.cat(batches, dim=-1)
         states.add(x, x)
     return states.matrix()
