@@ -201,7 +201,9 @@ class Job:
 
     def _calibrate(self) -> Calibration:
         """The rows of the merge; experts that own no skill have no part in it."""
-        texts, self.owners = calibrate(self.recipe, self.sources, self.skills, self.tokenizer)
+        texts, self.owners = calibrate(
+            self.recipe, self.sources, self.skills, self.tokenizer, judge=self.recipe.method == "fold"
+        )
         self.part = [k for k in self.sources if k in self.owners.values()]
         if len(self.part) < len(self.sources):
             specs = {k: s.spec for k, s in self.sources.items()}
@@ -283,14 +285,17 @@ class Job:
 
 
 def calibrate(
-    recipe: Recipe, sources: Mapping[str, Source], skills: Mapping[str, Skill], tokenizer: Any
+    recipe: Recipe, sources: Mapping[str, Source], skills: Mapping[str, Skill], tokenizer: Any, *, judge: bool = True
 ) -> tuple[Calibration, dict[str, str]]:
-    """The rows of a merge, calibration text to fit and validation text held out; and the expert that owns each skill."""
+    """The rows of a merge, calibration text to fit and validation text held out; and the expert that owns each skill.
+
+    `judge`: a skill goes to the expert that predicts it best; else to its own.
+    """
     fold, names, experts = recipe.fold, list(sources), list(sources.values())
     rows = max(1, fold.tokens // fold.length)
     fitted = list(rows_of(skills, "calibration", tokenizer, fold.length, rows).values())
     held_out = list(rows_of(skills, "validation", tokenizer, fold.length, HELD_OUT_ROWS).values())
-    best = best_experts(fitted, experts) if recipe.method == "fold" else list(range(len(names)))
+    best = best_experts(fitted, experts) if judge else list(range(len(names)))
     part = sorted(set(best))
     texts = gather(
         fitted,

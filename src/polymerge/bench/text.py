@@ -173,7 +173,7 @@ class TextBed:
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows."""
         names = list(self.sources)
-        rows = calibrate(self.recipe, self.sources, self.texts, self.tokenizer)[0]
+        rows = calibrate(self.recipe, self.sources, self.texts, self.tokenizer, judge=False)[0]
         make = table.merged_by(method, list(self.sources.values()), names.index(self.detail.anchor), rows, self.seed)
         target, weights, note = fitting(make, self._target(), [s.spec for s in self.sources.values()], self.family)
         outcome = self._measured(load_student(self._saved("rival", target, weights)), target)
@@ -203,7 +203,7 @@ class TextBed:
 
     def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
         """The fold of these experts into the chosen shape."""
-        texts = calibrate(self.recipe, experts, skills, self.tokenizer)[0]
+        texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
         parts: list[tuple[int | None, dict[str, Tensor]]] = []
         target = self._target()
         done = folding.fold(
