@@ -42,7 +42,7 @@ class Detail:
     anchor: str = "prose"
     budget: str = "1.5x"
     heal_tokens: int = 400_000
-    lrs: tuple[float, ...] = (3e-4, 1e-3)
+    lrs: tuple[float, ...] = (1e-3, 4e-3)
     fold: dict[str, Any] = field(default_factory=dict)
     test_rows: int = TEST_ROWS
 
@@ -52,7 +52,7 @@ def cases(profile: str) -> list[Case]:
     if profile == "quick":
         return [Case("prose+code/1.5x", "text", Detail(heal_tokens=100_000))]
     budgets = ("1.0x", "1.5x", "union")
-    return [Case(f"prose+code/{b}", "text", Detail(budget=b, lrs=(1e-4, 3e-4, 1e-3))) for b in budgets]
+    return [Case(f"prose+code/{b}", "text", Detail(budget=b, lrs=(1e-3, 2e-3, 4e-3))) for b in budgets]
 
 
 class TextBed:
