@@ -2,7 +2,7 @@
 
     python examples/train_experts.py all                  # both shipped experts, in parallel, one thread each
     python examples/train_experts.py prose --minutes 20   # one of them
-    python examples/train_experts.py code-gpt2 --out /tmp/experts
+    python examples/train_experts.py code-gpt2 --out out/experts
     python examples/train_experts.py report               # the table and the figure of train_experts.md
 
 Each reads only its own domain's train part (`polymerge.demo.corpus`) and shares one byte-level BPE tokenizer,
