@@ -293,6 +293,8 @@ def test_any_exception_removes_everything(tmp_path, error):
 
 SLOW_WRITER = """
 import sys, time, torch
+# A background job of a shell starts with SIGINT ignored; a user's terminal does not.
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 from polymerge.checkpoint import CheckpointWriter
 with CheckpointWriter(sys.argv[1], shard_bytes=1000) as writer:
     for i in range(10**6):

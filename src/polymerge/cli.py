@@ -237,7 +237,7 @@ def bench(
     *,
     profile: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
-    cases: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
+    cases: Annotated[str | None, typer.Option("--case", help="Names, separated by commas; default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of rows.jsonl and LEADERBOARD.md.")] = Path("out/bench"),
     device: OnDevice = Device.auto,
