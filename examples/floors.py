@@ -10,7 +10,6 @@ excesses are bits per byte over each skill's owner, on test text.
 
 import argparse
 import json
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from polymerge import heal as healing
 from polymerge import plan, recipe, record, threads
+from polymerge.bench.machine import commit
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -41,7 +41,7 @@ TOKENS = 400_000
 
 
 def holds_anchor(family: Family, target: Spec, anchor: Spec, budget: int) -> Spec:
-    """A shape of the budget into which the anchor fits whole: its own width and heads, layers and neurons as they fit."""
+    """A shape of the budget that holds the anchor whole: its own width and heads, layers and neurons as they fit."""
     for layers in (target.layers, anchor.layers):
         spec = replace(
             target, width=anchor.width, heads=anchor.heads, kv_heads=anchor.kv_heads, layers=layers, mlp=anchor.mlp
@@ -59,13 +59,13 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=1)
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results/floors.jsonl")
     asked = arguments.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    revision = commit()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("a", encoding="utf-8") as lines:
         for seed in range(asked.seeds):
             for size in ("sum", "1.0x"):
                 for row in case(size, seed):
-                    line = json.dumps({"commit": commit.stdout.strip(), **row})
+                    line = json.dumps({"commit": revision, **row})
                     print(line, flush=True)
                     lines.write(line + "\n")
                     lines.flush()
@@ -119,7 +119,8 @@ def case(size: str, seed: int) -> list[dict[str, Any]]:
                 worst = min(p.worst for p in outcome.curve)
                 found = {
                     "method": method, "lr": rate, "before": before, "after": after, "validation_worst": worst,
-                    "curve": [(p.tokens, p.worst) for p in outcome.curve], "heal_cpu_seconds": time.process_time() - start,
+                    "curve": [(p.tokens, p.worst) for p in outcome.curve],
+                    "heal_cpu_seconds": time.process_time() - start,
                     "parameters": plan.parameters(shapes.family, spec), "shape": record.shape(spec),
                     "knobs": vars(done.choice.knobs), "balance": done.choice.balance,
                     "fold_cpu_seconds": clock.cpu_seconds, "peak_bytes": peak_bytes(),

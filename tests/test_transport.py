@@ -81,7 +81,7 @@ def test_a_wide_epsilon_blurs_a_permutation():
 @pytest.mark.parametrize("epsilon", [0.0, 0.02])
 @pytest.mark.parametrize("copies", [2, 3])
 def test_transport_handles_copies_at_unequal_widths_with_the_right_scale(copies, epsilon):
-    """Every unit of A stands `copies` times in B, outgoing weights shared: means and shares undo it, n P alone does not."""
+    """Every unit of A stands `copies` times in B, outgoing weights shared: means and shares undo it, n P does not."""
     a = data()
     order = torch.randperm(copies * UNITS, generator=torch.Generator().manual_seed(3))
     b = a.repeat_interleave(copies, 1)[:, order]

@@ -5,7 +5,8 @@
 RegMean (Jin et al., ICLR 2023), with X_k the *merged* model's activations on expert k's texts, layer by layer
 (RegMean++: Nguyen et al. 2025). Both are for equal architectures; here the experts are first brought to the anchor's
 coordinates by `orthogonal`, which makes this the nearest rival of the fold: one set of units is shared, where the fold
-joins all and drops the cheapest. As in RegMean, off-diagonal entries of G_k are damped. An expert that lacks a layer is the identity there: zero writers.
+joins all and drops the cheapest. As in RegMean, off-diagonal entries of G_k are damped. An expert that lacks a layer is
+the identity there: zero writers.
 """
 
 from collections.abc import Callable, Sequence

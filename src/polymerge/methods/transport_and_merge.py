@@ -8,8 +8,8 @@ Everything else, MLP and embeddings included, stays the anchor's.
 
 `rescale: false` is the released code: plans of mass 1, never rescaled, so that what it adds is about 1/n² of the
 donor, and the merge is nearly (1 − α) A in the attention. `rescale: true` corrects it: post maps take means (rows
-sum to 1), pre maps share out (columns sum to 1). The released code's optional sparsification of plans and its fine-tuning
-afterwards are left out.
+sum to 1), pre maps share out (columns sum to 1). The released code's optional sparsification of plans and its
+fine-tuning afterwards are left out.
 
 A donor may be of any family that shares the tokenizer, as only correlations of its linear maps are used; its rotary
 pairs and heads are not respected by the transport. The anchor must be llama-like.

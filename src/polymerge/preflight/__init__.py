@@ -123,7 +123,7 @@ def _check_rows(recipe: Recipe, sources: Mapping[str, Source]) -> None:
 
 
 def _rival(recipe: Recipe) -> list[Finding]:
-    """What a method of others does to an expert: it averages weights, in the least shape that holds each expert alone."""
+    """What a method of others does to an expert: weights are averaged in the least shape that holds each alone."""
     text = f"its weights are averaged with the others' as {recipe.method} aligns them; not measured"
     return [Finding("approximate", f"{name}: {recipe.method}", text) for name in recipe.experts]
 
