@@ -24,6 +24,7 @@ from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.bench.tokens import TokenFold
 from polymerge.bench.train import Trained, Training, train
 from polymerge.checkpoint.writer import CheckpointWriter
+from polymerge.methods._refine import Refine
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import sink, write_config
@@ -74,7 +75,10 @@ class Settings:
 
 PROFILES = {
     "quick": Settings(distil=Distil(steps=60, lrs=(3e-4, 1e-3))),
-    "full": Settings(training=Training(enough=None)),
+    "full": Settings(
+        training=Training(enough=None),
+        fold=TokenFold(refine=Refine(steps=400, rows=512, lr=2e-4, head_steps=100)),
+    ),
 }
 
 

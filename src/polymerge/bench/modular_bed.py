@@ -112,8 +112,10 @@ class ModularBed:
         extra = record["final"] | {k: record[k] for k in ("step_val_acc_99", "best_step", "best_val_acc", "curve")}
         read = record["steps"] * self.settings.training.batch * 3
         size = table.size_of(self.experts[0].spec)
-        note = f"trained for {record['steps']} updates in {record['seconds']:.0f} s, kept in the cache"
-        return Outcome(self.table[0], self.experts[0].parameters, size, read, record["steps"], note, extra=extra)
+        spent = (record["seconds"], record["cpu_seconds"])  # now or when the cache was filled
+        return Outcome(
+            self.table[0], self.experts[0].parameters, size, read, record["steps"], reused=spent, extra=extra
+        )
 
     def union(self) -> Outcome:
         """The Bayesian gate sees p(operation | x) and p(y | …), which these experts were never taught."""

@@ -213,7 +213,8 @@ class Cells:
 
     def _figures(self, bed: Bed, outcome: Outcome, clock: Clock) -> dict[str, Any]:
         return {
-            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "notes", "extra")},
+            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "extra")},
+            "notes": without_folders(outcome.notes),
             **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
             "seconds": clock.seconds["run"] + outcome.reused[0],
             "cpu_seconds": clock.cpu_seconds["run"] + outcome.reused[1],

@@ -54,6 +54,7 @@ class Trained:
     best_val_acc: float
     final: dict[str, float]
     seconds: float
+    cpu_seconds: float
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def train(
     best, best_step, best_score, reached, first = copy(weights), 0, (-1.0, 0.0), None, None
     curve: list[dict[str, Any]] = []
     recent: list[tuple[float, float]] = []
-    began, step = time.perf_counter(), 0
+    began, began_cpu, step = time.perf_counter(), time.process_time(), 0
     for step in range(1, settings.steps + 1):
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1.0, step / settings.warmup)
@@ -186,9 +187,8 @@ def train(
         recent = recent[-10:]
         if reached is not None and settings.enough is not None and step >= reached + settings.enough:
             break
-    return Trained(
-        best, step, first or settings.steps, best_step, best_score[0], final, time.perf_counter() - began, curve
-    )
+    wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
+    return Trained(best, step, first or settings.steps, best_step, best_score[0], final, wall, cpu, curve)
 
 
 def to(weights: Mapping[int | None, Mapping[str, Tensor]], device: str) -> Weights:
