@@ -50,8 +50,16 @@ class Expert:
     dropout: float = 0.0  # on the embedding and on what each sub-layer adds
     autocast: bool = False  # bfloat16 products: measured 1.4 times as fast at width 128, slower at width 96
     shipped: bool = False
+    vocabulary: int = VOCABULARY  # 257: bytes alone
+    unigram: bool = False  # SentencePiece's way: a unigram model of words that begin with a blank, byte fallback
 
 
+NEOX = {
+    "hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 384,
+    "hidden_act": "gelu", "use_parallel_residual": True, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "max_position_embeddings": 512,
+}  # fmt: skip
 EXPERTS = {
     "prose-llama": Expert("prose", "llama", {
         "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -59,12 +67,10 @@ EXPERTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "max_position_embeddings": 512,
     }, rate=2e-3, dropout=0.1, autocast=True, shipped=True),
-    "code-neox": Expert("code", "gpt_neox", {
-        "hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 384,
-        "hidden_act": "gelu", "use_parallel_residual": True, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        "max_position_embeddings": 512,
-    }, rate=2e-3, shipped=True),
+    "code-neox": Expert("code", "gpt_neox", NEOX, rate=2e-3, shipped=True),
+    "code-neox-4k": Expert("code", "gpt_neox", NEOX, rate=2e-3, vocabulary=4096),
+    "code-neox-bytes": Expert("code", "gpt_neox", NEOX, rate=2e-3, vocabulary=257),
+    "code-neox-unigram": Expert("code", "gpt_neox", NEOX, rate=2e-3, unigram=True),
     "code-gpt2": Expert("code", "gpt2", {
         "n_embd": 96, "n_layer": 6, "n_head": 6, "n_positions": 512,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
@@ -79,14 +85,13 @@ EXPERTS = {
 SHORT = {"prose": "prose-llama", "code": "code-neox"}
 
 
-def make_tokenizer(texts: list[str]) -> Any:
+def make_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     """Byte-level BPE: every byte is in the alphabet, so any text round-trips exactly.
 
     A line break and the indentation after it are one piece, so they can be one token; the last space stays
     with the word that it precedes, as between words.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     pieces = (  # contractions; letters; digits; signs; line breaks with indentation; other blanks
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n+(?: +(?= ))?|\s+(?!\S)|\s+"
@@ -100,10 +105,41 @@ def make_tokenizer(texts: list[str]) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[EOS], show_progress=False,
+        vocab_size=vocabulary, special_tokens=[EOS], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
+    return fast(tokenizer)
+
+
+def make_unigram(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
+    """A unigram model over words that begin with ▁, bytes for what it has no piece for, as SentencePiece writes it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    draft = Tokenizer(models.Unigram())
+    draft.normalizer = normalizers.Replace(" ", "▁")
+    draft.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary - 257,
+        unk_token="<unk>",
+        special_tokens=["<unk>"],
+        show_progress=False,
+    )
+    draft.train_from_iterator(texts, trainer)
+    learned = [(piece, score) for piece, score in json.loads(draft.to_str())["model"]["vocab"] if piece != "<unk>"]
+    alphabet = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    pieces = [(EOS, 0.0), ("<unk>", 0.0), *alphabet, *learned][:vocabulary]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return fast(tokenizer)
+
+
+def fast(tokenizer: Any) -> Any:
+    """As transformers loads it; EOS begins, ends and pads."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS, model_max_length=512,
         clean_up_tokenization_spaces=False,
@@ -117,7 +153,7 @@ def build(expert: Expert) -> Any:
 
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = CONFIG_MAPPING[expert.family](vocab_size=VOCABULARY, **special, **expert.shape)
+    config = CONFIG_MAPPING[expert.family](vocab_size=expert.vocabulary, **special, **expert.shape)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -136,11 +172,13 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], rows: int | None
     """
     import torch
 
+    from polymerge.align.token_bytes import byte_view
+
     tokens = stream(tokenizer, texts)
     tokens = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     tokens = tokens[:: max(1, len(tokens) // rows)] if rows else tokens
-    lengths = torch.tensor([len(piece) for piece in tokenizer.convert_ids_to_tokens(range(VOCABULARY))])
-    lengths[tokenizer.bos_token_id] = 0  # in every other token one character stands for one byte
+    lengths = byte_view(tokenizer).lengths.clone()
+    lengths[tokenizer.bos_token_id] = 0
     nats = 0.0
     training = model.training
     model.eval()
@@ -222,7 +260,8 @@ def train(name: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     expert = EXPERTS[name]
     texts = {domain: corpus(domain, "train") for domain in ("prose", "code")}
-    tokenizer = make_tokenizer(texts["prose"] * 4 + texts["code"])  # about as much of each
+    make = make_unigram if expert.unigram else make_tokenizer
+    tokenizer = make(texts["prose"] * 4 + texts["code"], expert.vocabulary)  # about as much of each
     validation = texts[expert.domain][::16]
     tokens = stream(tokenizer, [text for i, text in enumerate(texts[expert.domain]) if i % 16])
     model = build(expert)

@@ -19,7 +19,10 @@ import torch
 from polymerge import heal as healing
 from polymerge import methods, preflight, record, threads
 from polymerge import plan as planning
+from polymerge.align.token_bytes import as_view
+from polymerge.align.translate import Translator
 from polymerge.calibrate.calibration import Calibration, best_experts, gather
+from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
@@ -137,7 +140,8 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
     tokenizer = tokenizers[recipe.anchor]
     test = rows_of(skills, "test", tokenizer, recipe.fold.length, TEST_ROWS)
-    return Job(recipe, text, sources, skills, tokenizer, shapes, test, result, clock, progress)
+    readers = readers_of(recipe, sources, tokenizers, skills)
+    return Job(recipe, text, sources, readers, skills, tokenizer, shapes, test, result, clock, progress)
 
 
 @dataclass
@@ -147,6 +151,7 @@ class Job:
     recipe: Recipe
     text: str
     sources: Mapping[str, Source]
+    readers: Mapping[str, Source | Foreign]
     skills: Mapping[str, Skill]
     tokenizer: Any
     shapes: planning.Plan | None
@@ -168,7 +173,7 @@ class Job:
         """Every expert and their mixture on every skill's test text."""
         self.progress.stage("experts", len(self.sources))
         with self.clock("evaluate"):
-            self.result.skills = measure_experts(self.sources, self.test, self.recipe.union.alpha, self.progress)
+            self.result.skills = measure_experts(self.readers, self.test, self.recipe.union.alpha, self.progress)
 
     def write_union(self, writer: CheckpointWriter) -> None:
         """All experts whole, mixed by the Bayesian gate."""
@@ -202,7 +207,7 @@ class Job:
     def _calibrate(self) -> Calibration:
         """The rows of the merge; experts that own no skill have no part in it."""
         texts, self.owners = calibrate(
-            self.recipe, self.sources, self.skills, self.tokenizer, judge=self.recipe.method == "fold"
+            self.recipe, self.readers, self.skills, self.tokenizer, judge=self.recipe.method == "fold"
         )
         self.part = [k for k in self.sources if k in self.owners.values()]
         if len(self.part) < len(self.sources):
@@ -246,7 +251,7 @@ class Job:
         with self.clock("heal"):
             outcome = healing.heal(
                 student,
-                {skill: load_expert(self.sources[owner]) for skill, owner in self.owners.items()},
+                {skill: load_expert(self.readers[owner]) for skill, owner in self.owners.items()},
                 rows_of(self.skills, "calibration", self.tokenizer, settings.length),
                 rows_of(self.skills, "validation", self.tokenizer, settings.length, VALIDATION_ROWS),
                 settings,
@@ -284,8 +289,32 @@ class Job:
         return result
 
 
+def readers_of(
+    recipe: Recipe, sources: Mapping[str, Source], tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]
+) -> dict[str, Source | Foreign]:
+    """The experts as readers of the anchor's tokens: those with another tokenizer behind a translator."""
+    readers: dict[str, Source | Foreign] = dict(sources)
+    others = preflight.foreign_experts(recipe.anchor, tokenizers, skills)
+    if not others:
+        return readers
+    tokenizer, vocab = tokenizers[recipe.anchor], sources[recipe.anchor].spec.vocab
+    limit = max(1, recipe.fold.tokens // recipe.fold.length)
+    rows = rows_of(skills, "calibration", tokenizer, recipe.fold.length, limit)
+    for name in others:
+        lead = adds_bos(tokenizers[name])
+        translator = Translator(as_view(tokenizer), as_view(tokenizers[name]), vocab, lead=lead)
+        translator.fit(torch.cat([r.tokens for r in rows.values()]))
+        readers[name] = Foreign(name, sources[name], translator)
+    return readers
+
+
 def calibrate(
-    recipe: Recipe, sources: Mapping[str, Source], skills: Mapping[str, Skill], tokenizer: Any, *, judge: bool = True
+    recipe: Recipe,
+    sources: Mapping[str, Source | Foreign],
+    skills: Mapping[str, Skill],
+    tokenizer: Any,
+    *,
+    judge: bool = True,
 ) -> tuple[Calibration, dict[str, str]]:
     """The rows of a merge, calibration text to fit and validation text held out; and the expert that owns each skill.
 
@@ -316,7 +345,7 @@ def rows_of(
 
 
 def measure_experts(
-    sources: Mapping[str, Source], test: Mapping[str, Rows], alpha: float, progress: Progress
+    sources: Mapping[str, Source | Foreign], test: Mapping[str, Rows], alpha: float, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Every expert and their mixture on every skill, from one pass of each expert over each test text."""
     from polymerge.methods._union_modeling import BayesGate
@@ -341,10 +370,12 @@ def measure_experts(
     return table
 
 
-def load_expert(source: Source) -> Any:
-    """The expert as a transformers model, to teach."""
+def load_expert(source: Source | Foreign) -> Any:
+    """The expert as a transformers model, to teach (in the anchor's tokens)."""
     from transformers import AutoModelForCausalLM
 
+    if isinstance(source, Foreign):
+        return TranslatedTeacher(load_expert(source.source), source)
     return AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).to(source.device).eval()
 
 

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from polymerge.align.translate import Reading, Translator
 from polymerge.calibrate import ownership
+from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.texts import Rows
 from polymerge.errors import TextError
 from polymerge.model.source import Source
@@ -24,7 +26,7 @@ class Calibration:
     `fit` marks the rows that regressions see; the others are held out, to choose knobs and to report. `owned` is
     ownership o_k(x, t) in [0, 1]; `scored` (time,) marks the positions whose prediction counts;
     `bytes_per_token` turns nats
-    per token of a skill into bits per byte.
+    per token of a skill into bits per byte. `foreign`: for experts with another tokenizer, how they read the rows.
     """
 
     tokens: Int[Tensor, "row time"]
@@ -33,6 +35,7 @@ class Calibration:
     owned: Float[Tensor, "expert row time"]
     scored: Tensor
     bytes_per_token: tuple[float, ...]
+    foreign: tuple[tuple[Reading, Translator] | None, ...] = ()
 
     def subset(self, fitted: int, held_out: int) -> "Calibration":
         """The first rows of every expert: so many that are fitted, so many that are held out."""
@@ -47,7 +50,22 @@ class Calibration:
             owner=self.owner[keep],
             fit=self.fit[keep],
             owned=self.owned[:, keep],
+            foreign=tuple(f and (f[0].of(keep), f[1]) for f in self.foreign),
         )
+
+    def reading(self, expert: int) -> tuple[Reading, Translator] | None:
+        """How an expert with another tokenizer reads the rows; None for the anchor's tokenizer."""
+        return self.foreign[expert] if self.foreign else None
+
+    def own(self, expert: int, limit: int) -> tuple[Int[Tensor, "row time"], Tensor]:
+        """The first fitted rows of an expert in its own tokens, all of one length; which positions are scored."""
+        mine = torch.nonzero((self.owner == expert) & self.fit).flatten()[:limit]
+        foreign = self.reading(expert)
+        if foreign is None:
+            return self.tokens[mine], self.scored
+        reading = foreign[0].of(mine)
+        whole = reading.tokens[:, : max(2, int(reading.lengths.min()))]
+        return whole, torch.ones(whole.shape[1], dtype=torch.bool)
 
     def of(self, expert: int, *, fit: bool = True) -> Int[Tensor, "row time"]:
         """The rows of one expert."""
@@ -59,7 +77,7 @@ class Calibration:
         return hashlib.sha256(data.contiguous().numpy().tobytes()).hexdigest()
 
 
-def best_experts(fitted: Sequence[Rows], experts: Sequence[Source]) -> list[int]:
+def best_experts(fitted: Sequence[Rows], experts: Sequence[Source | Foreign]) -> list[int]:
     """Which expert predicts each skill's calibration text best (by skill, in the experts' order).
 
     The skill's own expert keeps it unless another is better by `MARGIN` of the loss: two models of one skill make one
@@ -76,7 +94,7 @@ def best_experts(fitted: Sequence[Rows], experts: Sequence[Source]) -> list[int]
 def gather(
     fitted: Sequence[Rows],
     held_out: Sequence[Rows],
-    experts: Sequence[Source],
+    experts: Sequence[Source | Foreign],
     owners: Sequence[int] | None = None,
     *,
     gate: bool = False,
@@ -108,6 +126,7 @@ def gather(
         owned=owned.to(experts[0].dtype),
         scored=torch.ones(tokens.shape[1], dtype=torch.bool),
         bytes_per_token=tuple(_bytes_per_token(fitted, owners, k) for k in range(len(experts))),
+        foreign=tuple((e.read(tokens), e.translator) if isinstance(e, Foreign) else None for e in experts),
     )
 
 

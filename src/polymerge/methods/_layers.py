@@ -78,6 +78,9 @@ class LayerFold:
         self.before_attention: list[Tensor] = []
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.weight = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None]) * texts.fit[None, :, None]
+        for k in range(len(experts)):
+            if (foreign := texts.reading(k)) is not None:  # inside its tokens an expert has no state to aim at
+                self.weight[k] *= foreign[0].exact
 
     @torch.no_grad()
     def run(self, emit: Emit) -> list[float]:
@@ -116,10 +119,14 @@ class LayerFold:
         table = torch.zeros(target.vocab, target.width, dtype=self.dtype)
         self.current = []
         for k, (expert, outer) in enumerate(zip(self.experts, self.outers, strict=True)):
-            self.current.append(self.stream(partial(self._embedded, expert, outer)))
-            vectors = outer["embed.weight"][: target.vocab]
+            self.current.append(self.stream(partial(self._embedded, k, outer)))
+            foreign = texts.reading(k)
+            vectors = outer["embed.weight"][: target.vocab] if foreign is None else outer["embed.weight"]
             if "positions.weight" in outer:
                 vectors = vectors + outer["positions.weight"][: texts.tokens.shape[1]].mean(0)
+            if foreign is not None:
+                mine = torch.nonzero((texts.owner == k) & texts.fit).flatten()
+                vectors = foreign[1].embeddings(vectors, foreign[0].of(mine), texts.tokens[mine])
             table += known[k][:, None] * width.centred(expert, vectors).cpu() @ self.encoders[k]
         if self.constant:
             table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
@@ -136,13 +143,15 @@ class LayerFold:
         for k, weights in present.items():
             expert = self.experts[k]
             for rows, time in self.reached(k):
-                x = self.current[k][rows, :time].to(self.device)
+                own = self._own_time(k, rows, time)
+                x = self.current[k][rows, :own].to(self.device)
                 n = decoder.normalise(expert.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
                 q, key, v = decoder.project_heads(expert.spec, weights, n)
                 written = decoder.linear(weights, "o", decoder.attend(expert.spec, q, key, v))
-                mids[k][rows, :time] = width.centred(expert, x + written).cpu()
+                mids[k][rows, :own] = width.centred(expert, x + written).cpu()
                 seen = self._with_one(self.normalised(rows, time))
-                self._add(fits[k], seen, self._placed(k, q, key, v), self.weight[k][rows, :time])
+                values = self._paired(k, rows, self._placed(k, q, key, v), time)
+                self._add(fits[k], seen, values, self.weight[k][rows, :time])
         parts = [
             fits[k].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
             for k, g in groups.items()
@@ -182,12 +191,13 @@ class LayerFold:
         for k, weights in present.items():
             expert = self.experts[k]
             for rows, time in self.reached(k):
-                x = self.current[k][rows, :time].to(self.device)
-                read = self.before_attention[k][rows, :time].to(self.device) if expert.spec.parallel else x
+                own = self._own_time(k, rows, time)
+                x = self.current[k][rows, :own].to(self.device)
+                read = self.before_attention[k][rows, :own].to(self.device) if expert.spec.parallel else x
                 n = decoder.normalise(expert.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
                 gate, up, hidden = decoder.feed_forward(expert.spec, weights, n)
-                outs[k][rows, :time] = width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
-                gate, up = as_gated(expert.spec.activation, gate, up)
+                outs[k][rows, :own] = width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
+                gate, up = (self._paired(k, rows, x, time) for x in as_gated(expert.spec.activation, gate, up))
                 seen, owned = self.normalised(rows, time), self.texts.owned[k][rows, :time]
                 weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
                 share = owned.to(x)[..., None]
@@ -246,7 +256,8 @@ class LayerFold:
     def goal(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What expert k's slice should hold now (row, time, slice), and the weight of each position."""
         owned = self.texts.owned[k][rows].to(self.device)
-        goal = self.current[k][rows].to(self.device) @ self.encoders[k][:, self.slices[k]].to(self.device)
+        state = self._paired(k, rows, self.current[k][rows].to(self.device), self.texts.tokens.shape[1])
+        goal = state @ self.encoders[k][:, self.slices[k]].to(self.device)
         quiet = self.knobs.mute * (1 - owned) * self.texts.fit[rows, None].to(owned)
         return goal * owned[..., None], self.weight[k][rows].to(owned) + quiet
 
@@ -331,21 +342,39 @@ class LayerFold:
         return decoder.rms(self.state[rows, :time].to(self.device), self.target.eps)
 
     def teacher(self, rows: Tensor) -> Tensor:
-        """Logits of each row's owner (row, time, vocab), from the experts' present (final) states."""
+        """Logits of each row's owner (row, time, vocab), from the experts' present (final) states.
+
+        An owner with another tokenizer: log-probabilities of the anchor's tokens.
+        """
         owners = self.texts.owner[rows]
         shape = (*self.texts.tokens[rows].shape, self.target.vocab)
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
         for k in owners.unique().tolist():
-            x = self.current[k][rows[owners == k]].to(self.device)
-            out[owners == k] = decoder.logits(self.experts[k].spec, self.outers[k], x)[..., : self.target.vocab]
+            mine = rows[owners == k]
+            found = decoder.logits(self.experts[k].spec, self.outers[k], self.current[k][mine].to(self.device))
+            if (foreign := self.texts.reading(k)) is not None:
+                reading, translator = foreign
+                found = translator.project(found.log_softmax(-1), reading.of(mine), self.texts.tokens[mine])
+            out[owners == k] = found[..., : self.target.vocab].to(out)
         return out
+
+    def _own_time(self, k: int, rows: Tensor, time: int) -> int:
+        """How many of its own tokens expert k reads in the first `time` positions of these rows."""
+        foreign = self.texts.reading(k)
+        return time if foreign is None else max(1, int(foreign[0].last[rows, :time].max()) + 1)
+
+    def _paired(self, k: int, rows: Tensor, values: Tensor, time: int) -> Tensor:
+        """Expert k's values, over its own tokens, at the first `time` positions of the rows."""
+        foreign = self.texts.reading(k)
+        return values if foreign is None else foreign[0].of(rows).paired(values, time)
 
     def _off(self, k: int, rows: Tensor) -> Tensor:
         """Weight of a closed gate where expert k has no say (row, time)."""
         return self.knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None]
 
-    def _embedded(self, expert: Source, outer: dict[str, Tensor], rows: Tensor) -> Tensor:
-        tokens = self.texts.tokens[rows].to(self.device)
+    def _embedded(self, k: int, outer: dict[str, Tensor], rows: Tensor) -> Tensor:
+        foreign, expert = self.texts.reading(k), self.experts[k]
+        tokens = (self.texts.tokens if foreign is None else foreign[0].tokens)[rows].to(self.device)
         return width.centred(expert, decoder.embed(expert.spec, outer, tokens))
 
     def _layer_output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def fold(
 def bases_of(experts: Sequence[Source], texts: Calibration, seed: int) -> list[Basis]:
     """The residual basis of every expert, from its own texts."""
     return [
-        residual_basis(e, texts.of(k)[:BASIS_ROWS], texts.scored, torch.Generator().manual_seed(seed + k))
+        residual_basis(e, *texts.own(k, BASIS_ROWS), torch.Generator().manual_seed(seed + k))
         for k, e in enumerate(experts)
     ]
 

@@ -21,10 +21,10 @@ from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
-from polymerge.preflight.vocabulary import vocabulary_findings
+from polymerge.preflight.vocabulary import foreign_experts, vocabulary_findings
 from polymerge.recipe import Recipe
 
-__all__ = ["Finding", "Level", "Report", "check"]
+__all__ = ["Finding", "Level", "Report", "check", "foreign_experts"]
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 
@@ -60,12 +60,14 @@ def check(
         _check_tokenizer_files(source)
     specs = {name: source.spec for name, source in sources.items()}
     _check_lengths(recipe, sources)
-    findings = vocabulary_findings(recipe.anchor, tokenizers, specs, texts)
+    translate = recipe.method == "fold"
+    findings = vocabulary_findings(recipe.anchor, tokenizers, specs, texts, translate=translate)
     if plan is None:
         text = "every expert whole, weights rounded to the result's dtype at most"
         findings += [Finding("exact", f"{name}: union", text) for name in specs]
     else:
-        _check_rows(recipe, sources)
+        foreign = foreign_experts(recipe.anchor, tokenizers, texts)
+        _check_rows(recipe, {name: source for name, source in sources.items() if name not in foreign})
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
     findings += _dtypes(recipe, sources)
     findings += _check_texts(recipe, tokenizers[recipe.anchor], texts, healed=plan is not None)
@@ -112,7 +114,7 @@ def _check_lengths(recipe: Recipe, sources: Mapping[str, Source]) -> None:
 
 
 def _check_rows(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """A fold's head has a row per token of the anchor: every expert must have them too."""
+    """A fold's head has a row per token of the anchor: every expert with its tokenizer must have them too."""
     rows = {name: source.spec.vocab for name, source in sources.items()}
     least = min(rows, key=lambda name: rows[name])
     if rows[least] < rows[recipe.anchor]:

@@ -1,0 +1,181 @@
+"""Experts with another tokenizer: readings are causal and exact where they say so, projections are distributions."""
+
+import pytest
+import torch
+import yaml
+from conftest import byte_tokenizer, save_tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import polymerge
+from polymerge.align.token_bytes import byte_view
+from polymerge.align.translate import FLOOR, Translator
+from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
+from polymerge.errors import PreflightError
+from polymerge.model.source import Source
+
+TEXT = "an apple é 12 apples 🦊, ananas\n" * 8
+
+
+def bpe(*merges: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges, such as "ap" (of a and p) and "app" (of ap and p)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate([*alphabet, *merges])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(m[:-1], m[-1]) for m in merges]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+BYTES, FINE, COARSE = byte_tokenizer(), bpe("an", "ap", "pl"), bpe("ap", "app", "appl", "an", "ana")
+PAIRS = [(BYTES, COARSE), (COARSE, BYTES), (FINE, COARSE), (COARSE, FINE), (COARSE, COARSE)]
+
+
+def setting(anchor, donor):
+    translator = Translator(byte_view(anchor), byte_view(donor), len(anchor))
+    tokens = torch.tensor(anchor(TEXT)["input_ids"])
+    rows = tokens[: len(tokens) // 20 * 20].view(-1, 20)
+    translator.fit(rows)
+    return translator, rows, translator.read(rows)
+
+
+def random_log_probs(reading, size):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*reading.tokens.shape, size, generator=generator).log_softmax(-1)
+
+
+@pytest.mark.parametrize(("anchor", "donor"), PAIRS)
+def test_pairs_end_at_the_same_byte_or_before(anchor, donor):
+    translator, rows, reading = setting(anchor, donor)
+    mine, theirs = translator.anchor, translator.donor
+    seen = 0
+    for r, row in enumerate(rows.tolist()):
+        waiting = dict(reading.pending[r])
+        data = b"".join(mine.surface[i] for i in row)
+        skipped = next(i for i in range(4) if data[i] & 0xC0 != 0x80)  # a row may begin inside a character
+        for t in range(len(row)):
+            before = b"".join(mine.surface[i] for i in row[: t + 1])
+            last = int(reading.last[r, t])
+            read = data[:skipped] * (last >= 0) + b"".join(
+                theirs.surface[i] for i in reading.tokens[r, : last + 1].tolist()
+            )
+            assert before.startswith(read)
+            assert bool(reading.exact[r, t]) == (last >= 0 and read == before)
+            if last >= 0:
+                assert read + waiting.get(t, b"") == before
+            seen += bool(reading.exact[r, t])
+    assert seen > rows.numel() // 3
+
+
+@pytest.mark.parametrize(("anchor", "donor"), PAIRS)
+def test_projections_are_distributions(anchor, donor):
+    translator, rows, reading = setting(anchor, donor)
+    q = translator.project(random_log_probs(reading, len(donor)), reading, rows)
+    assert q.shape == (*rows.shape, len(anchor))
+    assert torch.isfinite(q).all()
+    torch.testing.assert_close(q.exp().sum(-1), torch.ones(rows.shape), atol=1e-4, rtol=0)
+
+
+def test_with_one_tokenizer_nothing_is_lost():
+    translator, rows, reading = setting(COARSE, COARSE)
+    assert torch.equal(reading.tokens, rows)
+    assert reading.exact.all()
+    p = random_log_probs(reading, len(COARSE))
+    q = translator.project(p, reading, rows).exp()
+    difference = (q - p.exp()).abs().amax(-1)
+    assert difference.max() < 3 * FLOOR
+
+
+def test_bytes_that_both_have_written_keep_their_probability():
+    """A donor of bytes: the probability of the anchor's actual next token is the product of its bytes'."""
+    translator, rows, reading = setting(COARSE, BYTES)
+    p = random_log_probs(reading, len(BYTES))
+    q = translator.project(p, reading, rows)
+    checked = 0
+    for t in range(rows.shape[1] - 1):
+        first, last = int(reading.last[0, t]), int(reading.last[0, t + 1])
+        if not (reading.exact[0, t] and reading.exact[0, t + 1]):
+            continue
+        expected = sum(float(p[0, j, reading.tokens[0, j + 1]]) for j in range(first, last))
+        assert float(q[0, t, rows[0, t + 1]]) == pytest.approx(expected, abs=1e-3)
+        checked += last - first > 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize(("anchor", "donor"), PAIRS)
+def test_a_text_has_the_probability_that_the_donor_gives_it(anchor, donor):
+    translator, rows, reading = setting(anchor, donor)
+    p = random_log_probs(reading, len(donor))
+    q = translator.project(p, reading, rows)
+    for r in range(len(rows)):
+        ends = torch.nonzero(reading.exact[r]).flatten()
+        t0, t1 = int(ends[0]), int(ends[-1])
+        mine = sum(float(q[r, t, rows[r, t + 1]]) for t in range(t0, t1))
+        steps = range(int(reading.last[r, t0]), int(reading.last[r, t1]))
+        assert mine == pytest.approx(sum(float(p[r, j, reading.tokens[r, j + 1]]) for j in steps), abs=0.02)
+
+
+def test_inside_a_longer_token_only_what_it_may_still_become_counts():
+    """Donor's `appl` read as `ap`, `pl`: after `ap`, the mass of its tokens that begin with it, told by their rest."""
+    translator, _, _ = setting(FINE, COARSE)
+    piece = {s: i for i, s in enumerate(translator.donor.surface)}
+    p = torch.zeros(len(COARSE))
+    p[piece[b"app"]], p[piece[b"appl"]], p[piece[b"ap"]], p[piece[b"z"]] = 0.1, 0.3, 0.2, 0.4
+    q = translator._inside(p, b"ap")
+    mine = {s: i for i, s in enumerate(translator.anchor.surface)}
+    assert float(q[mine[b"pl"]]) == pytest.approx(0.3)
+    assert float(q[mine[b"p"]]) == pytest.approx(0.1)
+    assert float(q.sum()) == pytest.approx(0.4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    save_tiny_model(folder / "prose", hidden_size=32, num_hidden_layers=1)
+    save_tiny_model(
+        folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, num_hidden_layers=2, seed=1,
+        vocab_size=len(COARSE), max_position_embeddings=64,
+    )  # fmt: skip
+    COARSE.save_pretrained(folder / "code")
+    for name, word in (("prose", "apple pie"), ("code", "ana = [3]")):
+        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(600)))
+    return folder
+
+
+@pytest.mark.parametrize("anchor", ["prose", "code"])
+def test_a_merge_speaks_the_anchors_tokenizer(folder, anchor):
+    recipe = {
+        "method": "fold", "anchor": anchor, "size": {"params": "1.5x"}, "dtype": "float32",
+        "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
+        "fold": {"length": 16, "tokens": 640, "refine": 3},
+        "heal": {"tokens": "1k", "batch_rows": 8, "length": 16},
+    }  # fmt: skip
+    path = folder / f"{anchor}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = polymerge.merge(path, folder / f"out-{anchor}")
+    mine = AutoTokenizer.from_pretrained(folder / anchor)
+    assert AutoTokenizer.from_pretrained(result.out).get_vocab() == mine.get_vocab()
+    assert all(
+        0 < row[column] < 20 for row in result.skills.values() for column in ("owner", "union", "fold", "healed")
+    )
+    assert result.shape["vocab"] == len(mine)
+
+
+def test_a_translated_teacher_and_a_foreign_expert_agree(folder):
+    from transformers import AutoModelForCausalLM
+
+    source = Source(folder / "code")
+    translator, rows, _ = setting(BYTES, COARSE)
+    foreign = Foreign("code", source, translator)
+    model = AutoModelForCausalLM.from_pretrained(folder / "code", dtype=torch.float32)
+    logs = TranslatedTeacher(model, foreign)(input_ids=rows).logits
+    there = logs[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+    torch.testing.assert_close(foreign.log_probs(rows), there, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_longer_than_the_experts_positions_are_refused(folder):
+    source = Source(folder / "code")
+    translator, rows, _ = setting(COARSE, BYTES)
+    foreign = Foreign("code", source, translator)
+    with pytest.raises(PreflightError, match=r"set fold\.length and heal"):
+        foreign.read(rows.flatten()[:100].repeat(40, 1))
