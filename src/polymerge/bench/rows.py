@@ -100,9 +100,7 @@ def summarise(
     return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
 
 
-def training_flops(
-    parameters: int, tokens: int, *, runs: int = 1, teachers: Iterable[tuple[float, int]] = ()
-) -> int:
+def training_flops(parameters: int, tokens: int, *, runs: int = 1, teachers: Iterable[tuple[int, int]] = ()) -> int:
     """Floating point operations of gradient training, matrix products only: 6·N·D + Σ 2·M·T (Kaplan et al. 2020).
 
     A product of weights costs 2 operations a weight and token forwards and 4 backwards. Attention's products with
@@ -114,7 +112,7 @@ def training_flops(
         runs: how many were made, such as one for each learning rate.
         teachers: (parameters M, tokens T that it reads over all runs) of each model that is only read.
     """
-    return runs * 6 * parameters * tokens + round(sum(2 * size * read for size, read in teachers))
+    return runs * 6 * parameters * tokens + sum(2 * size * read for size, read in teachers)
 
 
 class Store:

@@ -231,8 +231,9 @@ class TextBed:
         _, lr, model, done = min(runs, key=lambda run: run[:2])
         outcome = self._measured(model, target)
         outcome.tokens, outcome.steps = done.tokens, done.steps
-        taught = [(s.parameters / len(self.sources), len(runs) * done.tokens) for s in self.sources.values()]
-        outcome.flops = training_flops(  # each row has one teacher, its owner: on average this much
+        share = len(runs) * done.tokens // len(self.sources)  # a row has one teacher, its owner: about equally many
+        taught = [(s.parameters, share) for s in self.sources.values()]
+        outcome.flops = training_flops(
             plan.parameters(self.family, target), done.tokens, runs=len(runs), teachers=taught
         )
         outcome.notes = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
