@@ -171,7 +171,7 @@ def _scratch(rows: Sequence[Row]) -> Table:
         found = [_figure([r.extra.get(key) for r in done]) for key in finals]
         scores = _figure([r.worst for r in done])
         lines.append([case.removeprefix("baseline/"), scores, *found, _steps(done), *_cost(done), some[-1].command])
-    return Table("From scratch", "The experts' own training; losses in nats.", head, lines)
+    return Table("From scratch", "The experts' own training; losses in nats.", head, lines, rows=rows)
 
 
 def _shape(row: Row) -> tuple[int, int, int]:
@@ -241,7 +241,7 @@ def _scores(rows: Sequence[Row], skill: str) -> str:
     return _figure([r.scores.get(skill) for r in rows])
 
 
-def _figure(values: Iterable[float | None], digits: int = 4) -> str:
+def _figure(values: Iterable[int | float | None], digits: int = 4) -> str:
     """The mean, ± the spread where there is more than one seed."""
     some = [v for v in values if v is not None]
     if not some:
@@ -249,7 +249,7 @@ def _figure(values: Iterable[float | None], digits: int = 4) -> str:
     return f"{mean(some):.{digits}f}" + (f" ± {stdev(some):.{digits}f}" if len(some) > 1 else "")
 
 
-def _average(values: Sequence[float | None]) -> float | None:
+def _average(values: Sequence[int | float | None]) -> float | None:
     """The mean of what is known."""
     some = [v for v in values if v is not None]
     return float(mean(some)) if some else None

@@ -1,7 +1,7 @@
 """Runs the cells of a suite (case × seed × method) that a folder has no row of yet, and writes one row for each.
 
 run("modular", "quick", "out/bench")      # kill it, run it again: it goes on with the next cell
-report("out/bench")                       # LEADERBOARD.md, from the rows alone
+report("out/bench")                       # LEADERBOARD.md and report.html, from the rows alone
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def run(
     Args:
         suite: "modular", "text" or "all".
         profile: "quick" or "full".
-        out: folder of `rows.jsonl` and LEADERBOARD.md.
+        out: folder of `rows.jsonl`, LEADERBOARD.md and report.html.
         methods: names to run; default all that there are.
         seeds: 0, 1, … below it.
         device: "auto", "cpu" or "cuda".
@@ -94,13 +94,19 @@ def run(
     return store.read()
 
 
-def report(out: Path | str) -> Path:
-    """Write LEADERBOARD.md from the rows of a folder. Raises OutputError when it has none."""
-    rows, path = Store(out).read(), Path(out) / "LEADERBOARD.md"
+def report(out: Path | str) -> tuple[Path, Path]:
+    """Write LEADERBOARD.md and report.html from the rows of a folder.
+
+    Raises OutputError when it has none, or cannot be written.
+    """
+    rows, paths = Store(out).read(), (Path(out) / "LEADERBOARD.md", Path(out) / "report.html")
     if not rows:
         raise OutputError(f"{out}: no rows of a benchmark; run `polymerge bench` first")
-    path.write_text(board.write(rows), encoding="utf-8")
-    return path
+    from polymerge.report import bench, page
+
+    for path, text in zip(paths, (board.write(rows), bench.page(rows)), strict=True):
+        page.save(path, text)
+    return paths
 
 
 def _suite(name: str, profile: str) -> tuple[list[Case], Make]:
