@@ -278,7 +278,7 @@ def report(
         typer.Argument(metavar="SUMMARY", help="A merge's summary.json, or the folder of a benchmark."),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="The HTML page of a merge; a benchmark's is written to its folder.")
+        Path, typer.Argument(metavar="[OUT]", help="The page of a merge; a benchmark's goes to its folder.")
     ] = Path("report.html"),
 ) -> None:
     """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of a benchmark's rows."""

@@ -37,14 +37,18 @@ def page(rows: Sequence[Row]) -> str:
     parts.append(("Size and skill", _drawn([(f"{s}: size and skill", draw.sizes(r)) for s, r in suites], SIZES)))
     parts += [(section.title, _section(section)) for section in board.sections(rows)]
     done = [r for r in rows if r.status == "ok"]
-    cells = [(str(len({(r.suite, r.case) for r in rows})), "cases"), (str(len({r.method for r in rows})), "methods")]
-    cells += [(str(len({r.seed for r in rows})), "seeds"), (f"{len(done)} of {len(rows)}", "runs that could be done")]
-    body = "\n".join(
-        [facts(cells), joined(parts), f"<section><h2>Of these rows</h2>\n{prose(board.preface(rows))}</section>"]
-    )
-    lead = "One row for every method, case and seed. Figures are means over seeds, ± the standard deviation."
+    counts: dict[str, set[Any]] = {
+        "case": {(r.suite, r.case) for r in rows},
+        "method": {r.method for r in rows},
+        "seed": {r.seed for r in rows},
+    }
+    cells = [(str(len(some)), name + "s" * (len(some) > 1)) for name, some in counts.items()]
+    cells.append((f"{len(done)} of {len(rows)}", "runs that could be done"))
+    parts.append(("Of these rows", prose(board.preface(rows))))
+    body = f"{facts(cells)}\n{joined(parts)}"
+    lead = "A row for every method, case and seed. Figures are means over seeds, ± the standard deviation."
     names = " and ".join(suite for suite, _ in suites)
-    foot = "Made from rows.jsonl alone by `polymerge report`. A click on a heading sorts a table."
+    foot = "Made from rows.jsonl alone. A click on a heading sorts a table."
     return document(f"Benchmark of merging: {names}", lead, body, foot, sortable=True)
 
 
@@ -56,8 +60,7 @@ def _table(table: Table) -> str:
     """A table under its title, and the curves of its case."""
     parts = [f"<h3>{escape(table.title)}</h3>" if table.title else ""]
     parts.append(f'<p class="note">{escape(table.about)}</p>' if table.about else "")
-    ours = [board.name_of("fold"), board.name_of("fold_heal")]
-    marked = [line[0] in ours for line in table.lines]
+    marked = ["ours" in line[1:2] for line in table.lines]
     parts.append(sortable(table.head, table.lines, table.cannot, marked=marked, code=("again",)))
     cases = board.by(table.rows, "case")
     parts.append(_drawn([(f"{case}: healing", draw.healing(group)) for case, group in cases], HEALING))

@@ -38,7 +38,7 @@ def heat(rows: Sequence[Row]) -> Figure | None:
     if not cases:
         return None
     longest = max(len(name_of(n)) for n in names)
-    figure = Figure(figsize=(2.2 + 0.52 * len(names), 0.5 + 0.06 * longest + 0.3 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(2.2 + 0.52 * len(names), 0.25 + 0.05 * longest + 0.3 * len(cases)), layout="constrained")
     axes = figure.subplots()
     for y, (_, group) in enumerate(cases):
         shades = shades_of(group)
@@ -66,8 +66,7 @@ def shades_of(group: Sequence[Row]) -> dict[str, tuple[float, float]]:
         return {}
     up = 1 if group[0].metric == "accuracy" else -1
     best = max(up * s for s in scores.values())
-    floor = min(up * scores[m] for m in (*scores,) if m == "anchor") if "anchor" in scores else best
-    floor = min(floor, median(up * s for s in scores.values()), best - _LEAST)
+    floor = min(up * scores.get("anchor", up * best), median(up * s for s in scores.values()), best - _LEAST)
     return {m: (s, min(1.0, max(0.0, (up * s - floor) / (best - floor)))) for m, s in scores.items()}
 
 
@@ -85,7 +84,7 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
         axes.set_title(name, size=_SIZE, color=INK, loc="left")
         for method, points in size_points(group).items():
             x, y = points
-            mark = {"markersize": 4.0, "linewidth": 1.6 if method in COLOURS else 0.8}
+            mark: dict[str, Any] = {"markersize": 4.0, "linewidth": 1.6 if method in COLOURS else 0.8}
             axes.plot(x, y, "-o", color=COLOURS.get(method, FAINT), label=_legend(method), **mark)
         axes.set_xlabel("million parameters", color=FAINT, size=_SIZE)
         axes.set_ylabel(f"worst skill, {group[0].metric}", color=FAINT, size=_SIZE)
@@ -126,14 +125,12 @@ def healing(group: Sequence[Row]) -> Figure | None:
         seen.add(row.method)
         axes.plot(tokens, worst, "-", color=shade, linewidth=1.6, label=label)
         at = [i for i, point in enumerate(row.extra["curve"]) if point["step"] == kept]
-        axes.plot(
-            [tokens[i] for i in at], [worst[i] for i in at], "o", color=shade, markerfacecolor=PAPER, markersize=6
-        )
+        ring: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": PAPER, "markersize": 6}
+        axes.plot([tokens[i] for i in at], [worst[i] for i in at], color=shade, **ring)
     accuracy = group[0].metric == "accuracy"
     axes.set_xlabel("thousand tokens read", color=FAINT, size=_SIZE)
-    axes.set_ylabel(
-        "accuracy, worst skill" if accuracy else "bits per byte over\nowner, worst skill", color=FAINT, size=_SIZE
-    )
+    what = "accuracy, worst skill" if accuracy else "bits per byte over\nowner, worst skill"
+    axes.set_ylabel(what, color=FAINT, size=_SIZE)
     if not accuracy:
         axes.set_ylim(min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1])
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
@@ -173,6 +170,8 @@ def training(group: Sequence[Row]) -> Figure | None:
         panels[1].text(marks[-1], 1.03, "step_val_acc_99", transform=panels[1].get_xaxis_transform(), ha="center",
                        color=FAINT, size=_SIZE - 0.5)  # fmt: skip
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter("")
     _key(figure, [panels[0]])
     return figure
 
@@ -189,13 +188,13 @@ def reached(row: Row) -> int | None:
 
 def _cell(axes: Axes, x: int, y: int, found: tuple[float, float] | None) -> None:
     """One run; hatched where the method cannot do the case."""
-    box = {"xy": (x + 0.03, y + 0.06), "width": 0.94, "height": 0.88}
+    box: dict[str, Any] = {"xy": (x + 0.03, y + 0.06), "width": 0.94, "height": 0.88, "linewidth": 0}
     if found is None:
-        axes.add_patch(Rectangle(**box, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0, alpha=0.6))
+        axes.add_patch(Rectangle(**box, facecolor="none", edgecolor=FAINT, hatch="////", alpha=0.6))
         return
     score, shade = found
     mixed = tuple(a + (b - a) * shade for a, b in zip(_PALE, _DEEP, strict=True))
-    axes.add_patch(Rectangle(**box, facecolor=mixed, linewidth=0))
+    axes.add_patch(Rectangle(**box, facecolor=mixed))
     ink = _WHITE if shade > 0.5 else _BLACK  # noqa: PLR2004
     axes.text(x + 0.5, y + 0.52, f"{score:.2f}", ha="center", va="center", color=ink, size=_SIZE - 0.5)
 
@@ -219,7 +218,9 @@ def _legend(method: str) -> str:
 
 def _key(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend above all panels."""
-    lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [*_PARTS.values(), *map(name_of, known())]
+    lines = {n: found[n] for n in sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))}
     figure.legend(
         lines.values(), lines.keys(), loc="outside upper left", ncols=min(len(lines), 4), frameon=False,
         labelcolor=INK, fontsize=_SIZE, handlelength=1.4,

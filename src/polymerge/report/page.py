@@ -85,7 +85,7 @@ def sortable(
         rows: cells as text; a number may have a spread behind it.
         last: rows that stay below, whatever is sorted by.
         marked: which of `rows` are bold; default none.
-        code: headings of columns whose cells are commands.
+        code: headings of columns whose cells are commands, shown on a click.
     """
     kind = _kinds(header, [*rows, *last])
     head = "".join(
@@ -94,9 +94,7 @@ def sortable(
     )
 
     def line(row: Sequence[str], *, bold: bool) -> str:
-        shown = [
-            f"<code>{escape(cell)}</code>" if h in code else escape(cell) for cell, h in zip(row, header, strict=True)
-        ]
+        shown = [_command(cell) if h in code else escape(cell) for cell, h in zip(row, header, strict=True)]
         cells = [
             f'<td{k} data-sort="{escape(_key(cell))}">{text}</td>'
             for cell, text, k in zip(row, shown, kind, strict=True)
@@ -106,6 +104,11 @@ def sortable(
     bold = marked or [False] * len(rows)
     bodies = [("", [line(row, bold=b) for row, b in zip(rows, bold, strict=True)])]
     return _framed(head, [*bodies, (' class="last"', [line(row, bold=False) for row in last])], ' class="sortable"')
+
+
+def _command(cell: str) -> str:
+    """A long command, folded away."""
+    return escape(cell) if cell == "–" else f"<details><summary>command</summary><code>{escape(cell)}</code></details>"
 
 
 def _framed(head: str, bodies: Sequence[tuple[str, Sequence[str]]], kind: str = "") -> str:
