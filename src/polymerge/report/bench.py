@@ -5,6 +5,7 @@ What the leaderboard says is said here as well, from the same tables (`polymerge
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from matplotlib.figure import Figure
 

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator
 
 from polymerge.bench.board import by, name_of
 from polymerge.bench.methods import known
@@ -170,7 +171,8 @@ def training(group: Sequence[Row]) -> Figure | None:
         panels[1].text(marks[-1], 1.03, "step_val_acc_99", transform=panels[1].get_xaxis_transform(), ha="center",
                        color=FAINT, size=_SIZE - 0.5)  # fmt: skip
     panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")  # powers of ten as text want fonts that may be missing
     panels[0].yaxis.set_minor_formatter("")
     _key(figure, [panels[0]])
     return figure
