@@ -37,14 +37,14 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table with what is said above it; the last column is a command. `cannot`: lines that stay last."""
+    """A table with what is said above it. `cannot`: lines that stay last; `groups`: rows that have curves, by case."""
 
     title: str
     about: str
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
     cannot: Sequence[Sequence[str]] = ()
-    rows: Sequence[Row] = ()
+    groups: Sequence[tuple[str, Sequence[Row]]] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     cross = [r for r in modular if r.setting.get("protocol") == "cross"]
     made = []
     if same:
-        tables = [_same(same), _scratch([r for r in same if r.method == "expert"])]
+        tables = [*map(_same, _profiles(same)), _scratch([r for r in same if r.method == "expert"])]
         tables += _per_case([r for r in same if r.setting.get("protocol") == "same"])
         made.append(Section("Modular arithmetic: one task, experts of different architecture", SAME, tables))
     if cross:
@@ -119,7 +119,7 @@ def preface(rows: Sequence[Row]) -> str:
 def behind(rows: Sequence[Row]) -> list[str]:
     """A line for each case in which another single model beats ours; it is said first."""
     lines = []
-    for case, group in by(rows, "case"):
+    for case, group in cases(rows):
         scored = [
             (m, mean(w)) for m, some in by(group, "method") if (w := [r.worst for r in some if r.worst is not None])
         ]
@@ -158,7 +158,7 @@ def _same(rows: Sequence[Row]) -> Table:
             lines.append(line)
     for method in ("fold", "fold_heal", "scratch_distill"):
         head += [f"{name_of(method)}: accuracy", f"{name_of(method)}: steps"]
-    return Table("", "", head, lines)
+    return Table("", f"Profile: {rows[0].profile}.", head, lines)
 
 
 def _scratch(rows: Sequence[Row]) -> Table:
@@ -166,12 +166,12 @@ def _scratch(rows: Sequence[Row]) -> Table:
     finals = ("final_train_loss", "final_train_acc", "final_val_loss", "final_val_acc")
     head = ["expert", "test accuracy", *finals, "step_val_acc_99", *_COST, "again"]
     lines = []
-    for case, some in by(rows, "case"):
+    for case, some in cases(rows):
         done = [r for r in some if r.status == "ok"]
         found = [_figure([r.extra.get(key) for r in done]) for key in finals]
         scores = _figure([r.worst for r in done])
         lines.append([case.removeprefix("baseline/"), scores, *found, _steps(done), *_cost(done), some[-1].command])
-    return Table("From scratch", "The experts' own training; losses in nats.", head, lines, rows=rows)
+    return Table("From scratch", "The experts' own training; losses in nats.", head, lines, groups=cases(rows))
 
 
 def _shape(row: Row) -> tuple[int, int, int]:
@@ -188,7 +188,7 @@ def _steps(rows: Sequence[Row]) -> str:
 
 def _per_case(rows: Sequence[Row]) -> list[Table]:
     """A table for each case: methods by worst skill, best first; those that cannot do it last, with the reason."""
-    return [_case(case, group) for case, group in by(rows, "case")]
+    return [_case(case, group) for case, group in cases(rows)]
 
 
 def _about(row: Row) -> str:
@@ -226,7 +226,7 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
         line += [_figure([r.gap_closed for r in done], 2), *_cost(done), _notes(some), command]
         good.append((-up * (_average([r.worst for r in done]) or 0.0), name, line))
     lines = [line for _, _, line in sorted(good, key=lambda item: item[:2])]
-    return Table(case, _about(rows[0]), head, lines, bad, rows)
+    return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)])
 
 
 def _notes(rows: Sequence[Row]) -> str:
@@ -266,6 +266,16 @@ def by(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
     for row in sorted(rows, key=lambda r: r.key):
         found.setdefault(getattr(row, key), []).append(row)
     return sorted(found.items())
+
+
+def cases(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by case, sorted; rows of several profiles, which are no repetitions of each other, under several names."""
+    found = [(f"{case} ({p[0].profile})", p) for case, group in by(rows, "case") for p in _profiles(group)]
+    return found if len(_profiles(rows)) > 1 else [(group[0].case, group) for _, group in found]
+
+
+def _profiles(rows: Sequence[Row]) -> list[list[Row]]:
+    return [group for _, group in by(rows, "profile")]
 
 
 def _markdown(table: Table) -> str:

@@ -63,9 +63,9 @@ def _table(table: Table) -> str:
     parts.append(f'<p class="note">{escape(table.about)}</p>' if table.about else "")
     marked = ["ours" in line[1:2] for line in table.lines]
     parts.append(sortable(table.head, table.lines, table.cannot, marked=marked, code=("again",)))
-    cases = board.by(table.rows, "case")
-    parts.append(_drawn([(f"{case}: healing", draw.healing(group)) for case, group in cases], HEALING))
-    parts.append(_drawn([(f"{case}: training", draw.training(group)) for case, group in cases], TRAINING, titled=True))
+    parts.append(_drawn([(f"{case}: healing", draw.healing(group)) for case, group in table.groups], HEALING))
+    runs = [(f"{case}: training", draw.training(group)) for case, group in table.groups]
+    parts.append(_drawn(runs, TRAINING, titled=True))
     return "\n".join(part for part in parts if part)
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
+from polymerge.bench import board
 from polymerge.bench.board import by, name_of
 from polymerge.bench.methods import known
 from polymerge.bench.rows import Row
@@ -33,7 +34,7 @@ def heat(rows: Sequence[Row]) -> Figure | None:
 
     The darkest is the case's best; the palest is the anchor alone, or the median where that is worse, and all below.
     """
-    cases = by([r for r in rows if r.method != "expert"], "case")
+    cases = board.cases([r for r in rows if r.method != "expert"])
     names = [m for m in known() if any(r.method == m for _, group in cases for r in group)]
     names += sorted({r.method for _, group in cases for r in group} - set(names))
     if not cases:
@@ -74,9 +75,11 @@ def shades_of(group: Sequence[Row]) -> dict[str, tuple[float, float]]:
 def sizes(rows: Sequence[Row]) -> Figure | None:
     """Parameters against the worst skill: a panel for each group of cases that differ in their budget only."""
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda r: r.key):
-        if row.budget and row.case.endswith(f"/{row.budget}") and row.worst is not None and row.parameters:
-            groups.setdefault(row.case.removesuffix(f"/{row.budget}"), []).append(row)
+    for title, group in board.cases(rows):
+        budget = group[0].budget
+        if budget and group[0].case.endswith(f"/{budget}"):
+            measured = [r for r in group if r.worst is not None and r.parameters]
+            groups.setdefault(title.replace(f"/{budget}", "", 1), []).extend(measured)
     shown = {name: group for name, group in groups.items() if len({r.budget for r in group}) > 1}
     if not shown:
         return None
