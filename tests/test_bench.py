@@ -235,14 +235,31 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path / "out"
 
 
+class Told:
+    """A listener that keeps [cells announced, cells left]."""
+
+    def stage(self, _name, total):
+        self.cells = [total, total]
+
+    def advance(self, _note, n=1):
+        self.cells[1] -= n
+
+
 WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
-    rows = bench.run("modular", "quick", tiny, WANTED, device="cpu")
+    told = Told()
+    rows = bench.run("modular", "quick", tiny, WANTED, device="cpu", progress=told)
+    assert told.cells == [len(WANTED), 0]
     assert sorted(r.method for r in rows) == sorted(WANTED)
     assert all(r.status == "ok" or r.reason for r in rows)
-    fold = next(r for r in rows if r.method == "fold")
+    fold, healed, expert = (next(r for r in rows if r.method == m) for m in ("fold", "fold_heal", "expert"))
+    assert fold.flops is None
+    assert expert.flops == 6 * expert.parameters * expert.tokens
+    read = {t: 3 * len(SMALL.split(t, 0, 0.8).train) for t in healed.scores}
+    teachers = [2 * healed.expert_parameters[p.name] * read[p.task] for p in (PLUS, MINUS)]
+    assert healed.flops == 6 * healed.parameters * healed.tokens + sum(teachers)
     assert set(fold.scores) == {"x_plus_y", "x_minus_y"}
     assert fold.parameters <= sum(fold.expert_parameters.values())
     assert fold.worst == fold.scores[fold.worst_skill]

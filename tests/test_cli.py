@@ -9,34 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_report import FULL as SUMMARY
 from typer.testing import CliRunner
 
 import polymerge
 from polymerge.cli import app
 from polymerge.errors import PolymergeError, RecipeError
 from polymerge.preflight.report import Finding, Report
-
-SUMMARY: dict[str, Any] = {
-    "method": "fold",
-    "skills": {
-        "prose": {
-            "owner": 1.75, "union": 1.76, "fold": 2.0, "healed": 1.8, "experts": {"prose": 1.75, "code": 2.1},
-        },
-        "code": {
-            "owner": 1.25, "union": 1.26, "fold": 1.7, "healed": 1.5, "experts": {"prose": 2.3, "code": 1.25},
-        },
-    },
-    "parameters": 1_500_000,
-    "expert_parameters": {"prose": 1_000_000, "code": 800_000},
-    "shape": {
-        "family": "llama", "layers": 6, "width": 128, "heads": 4, "kv_heads": 4, "head_size": 32, "mlp": 300,
-    },
-    "seconds": 61.0,
-    "stage_seconds": {"fold": 61.0, "total": 61.0},
-    "stage_cpu_seconds": {"fold": 61.0, "total": 61.0},
-    "peak_bytes": 900_000_000,
-}  # fmt: skip
-
 
 REPORT = Report(
     findings=(

@@ -56,6 +56,19 @@ def test_a_failed_stage_is_not_shown_as_done():
     assert "1/5" in out.getvalue()
 
 
+def test_steps_of_minutes_give_an_estimate_of_the_time_left():
+    now = [0.0]
+    with Bars(Console(file=io.StringIO(), force_terminal=True, width=120)) as bars:
+        bars._bars.get_time = lambda: now[0]
+        bars.stage("modular", 5)
+        for _ in range(3):
+            now[0] += 100.0
+            bars.advance("cell", 0)
+            bars.advance("cell")
+        [task] = bars._bars.tasks
+        assert task.time_remaining == 200
+
+
 def test_steps_before_any_stage_are_ignored():
     Bars(Console(file=io.StringIO())).advance("nothing yet")
 

@@ -239,7 +239,9 @@ def bench(
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
     cases: Annotated[str | None, typer.Option("--case", help="Names, separated by commas; default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of rows.jsonl and LEADERBOARD.md.")] = Path("out/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of rows.jsonl, LEADERBOARD.md and report.html.")] = Path(
+        "out/bench"
+    ),
     device: OnDevice = Device.auto,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
     quiet: Quiet = False,
@@ -260,22 +262,31 @@ def bench(
             cases=cases.split(",") if cases else None,
             workers=workers,
         )
-    typer.echo(f"leaderboard: {out / 'LEADERBOARD.md'}")
+    typer.echo(f"leaderboard: {out / 'LEADERBOARD.md'}\nreport: {out / 'report.html'}")
 
 
-@app.command()
+@app.command(
+    epilog=(
+        "[bold]Examples[/]\n\n"
+        "[cyan]polymerge report out/demo/summary.json page.html[/]  the page of a merge\n\n"
+        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html"
+    )
+)
 def report(
     summary: Annotated[
         Path,
         typer.Argument(metavar="SUMMARY", help="A merge's summary.json, or the folder of a benchmark."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="[OUT]", help="The HTML page to write.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Argument(metavar="[OUT]", help="The page of a merge; a benchmark's goes to its folder.")
+    ] = Path("report.html"),
 ) -> None:
-    """Draw the page of figures of a finished merge, or the leaderboard of a benchmark's rows."""
+    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of a benchmark's rows."""
     if summary.is_dir():
         from polymerge import bench as package
 
-        typer.echo(f"leaderboard: {package.report(summary)}")
+        leaderboard, page = package.report(summary)
+        typer.echo(f"leaderboard: {leaderboard}\nreport: {page}")
         return
     from polymerge.report import html
 

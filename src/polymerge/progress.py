@@ -54,6 +54,7 @@ class Bars:
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[note]}"),
             console=console or Console(stderr=True),
+            speed_estimate_period=float("inf"),  # by rich's default, steps of half a minute give no estimate
         )
         self._task: "TaskID | None" = None
 

@@ -50,6 +50,7 @@ class Outcome:
     size: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0
     steps: int = 0
+    flops: int | None = None
     notes: str = ""
     reused: tuple[float, float] = (0.0, 0.0)
     extra: dict[str, Any] = field(default_factory=dict)

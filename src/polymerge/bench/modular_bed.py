@@ -14,6 +14,7 @@ from polymerge.bench import methods as table
 from polymerge.bench import modular, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.rows import training_flops
 from polymerge.bench.train import Weights, initial
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad
@@ -113,8 +114,9 @@ class ModularBed:
         read = record["steps"] * self.settings.training.batch * 3
         size = table.size_of(self.experts[0].spec)
         spent = (record["seconds"], record["cpu_seconds"])  # now or when the cache was filled
+        flops = training_flops(self.experts[0].parameters, read)
         return Outcome(
-            self.table[0], self.experts[0].parameters, size, read, record["steps"], reused=spent, extra=extra
+            self.table[0], self.experts[0].parameters, size, read, record["steps"], flops, reused=spent, extra=extra
         )
 
     def union(self) -> Outcome:
@@ -222,6 +224,10 @@ class ModularBed:
             "step_val_acc_99": done.first_99,
         })  # fmt: skip
         outcome.steps, outcome.tokens = settings.steps, settings.steps * settings.batch * 3
+        taught = [(self.experts[self.owner[t]].parameters, 3 * len(s.train)) for t, s in self.splits.items()]
+        outcome.flops = training_flops(
+            plan.parameters(self.family, target), outcome.tokens, runs=len(settings.lrs), teachers=taught
+        )
         outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
         return outcome
 

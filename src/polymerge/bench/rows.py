@@ -9,7 +9,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,8 @@ class Row:
         parameters: of the result; `expert_parameters` of each expert.
         tokens: read by gradient training on top of calibration.
         steps: of that training.
+        flops: of its matrix products (see `training_flops`), every learning rate tried counted; None where nothing is
+            trained by gradients or the work is not known.
         seconds: wall; `cpu_seconds` of this process; `peak_bytes` resident (GPU: allocated) during the run.
         command: runs this row again.
         extra: curves, knobs and what else a report may show.
@@ -64,6 +66,7 @@ class Row:
     expert_parameters: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     steps: int = 0
+    flops: int | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
@@ -95,6 +98,21 @@ def summarise(
         if skill in anchor and up * (owners[skill] - anchor[skill]) > 1e-3  # noqa: PLR2004  below: the anchor's own
     ]
     return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
+
+
+def training_flops(parameters: int, tokens: int, *, runs: int = 1, teachers: Iterable[tuple[int, int]] = ()) -> int:
+    """Floating point operations of gradient training, matrix products only: 6·N·D + Σ 2·M·T (Kaplan et al. 2020).
+
+    A product of weights costs 2 operations a weight and token forwards and 4 backwards. Attention's products with
+    keys and values are left out; embeddings count as if they were multiplied: both are small shares of these models.
+
+    Args:
+        parameters: N, of what is trained.
+        tokens: D, that one run reads.
+        runs: how many were made, such as one for each learning rate.
+        teachers: (parameters M, tokens T that it reads over all runs) of each model that is only read.
+    """
+    return runs * 6 * parameters * tokens + sum(2 * size * read for size, read in teachers)
 
 
 class Store:

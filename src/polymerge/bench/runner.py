@@ -1,7 +1,7 @@
 """Runs the cells of a suite (case × seed × method) that a folder has no row of yet, and writes one row for each.
 
 run("modular", "quick", "out/bench")      # kill it, run it again: it goes on with the next cell
-report("out/bench")                       # LEADERBOARD.md, from the rows alone
+report("out/bench")                       # LEADERBOARD.md and report.html, from the rows alone
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def run(
     Args:
         suite: "modular", "text" or "all".
         profile: "quick" or "full".
-        out: folder of `rows.jsonl` and LEADERBOARD.md.
+        out: folder of `rows.jsonl`, LEADERBOARD.md and report.html.
         methods: names to run; default all that there are.
         seeds: 0, 1, … below it.
         device: "auto", "cpu" or "cuda".
@@ -94,13 +94,19 @@ def run(
     return store.read()
 
 
-def report(out: Path | str) -> Path:
-    """Write LEADERBOARD.md from the rows of a folder. Raises OutputError when it has none."""
-    rows, path = Store(out).read(), Path(out) / "LEADERBOARD.md"
+def report(out: Path | str) -> tuple[Path, Path]:
+    """Write LEADERBOARD.md and report.html from the rows of a folder.
+
+    Raises OutputError when it has none, or cannot be written.
+    """
+    rows, paths = Store(out).read(), (Path(out) / "LEADERBOARD.md", Path(out) / "report.html")
     if not rows:
         raise OutputError(f"{out}: no rows of a benchmark; run `polymerge bench` first")
-    path.write_text(board.write(rows), encoding="utf-8")
-    return path
+    from polymerge.report import bench, page
+
+    for path, text in zip(paths, (board.write(rows), bench.page(rows)), strict=True):
+        page.save(path, text)
+    return paths
 
 
 def _suite(name: str, profile: str) -> tuple[list[Case], Make]:
@@ -138,13 +144,16 @@ class Cells:
         self.suite, self.profile, self.store, self.wanted = suite, profile, store, wanted
         self.seeds, self.device, self.progress, self.out = seeds, device, progress, out
         self.parent = parent
+        self.groups: list[tuple[Case, int]] = []
+        self.missing = 0
         self.failures: list[tuple[str, Exception]] = []
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
     def run(self, cases: Sequence[Case], make: Make) -> None:
         """Every cell without a row, case by case: experts are loaded once. What others have taken comes last."""
-        groups = [(case, seed) for seed in range(self.seeds) for case in cases]
-        self.progress.stage(self.suite, sum(len(self._left(*group)) for group in groups))
+        self.groups = groups = [(case, seed) for seed in range(self.seeds) for case in cases]
+        self.missing = self._missing()
+        self.progress.stage(self.suite, self.missing)
         with threads.fitting(0):  # small models: more threads only wait, more workers don't
             taken = [group for group in groups if not self._claimed(*group, make, wait=False)]
             for group in taken:
@@ -170,6 +179,20 @@ class Cells:
                     self._case(case, seed, left, make, Path(scratch))
         return mine
 
+    def _missing(self) -> int:
+        """Cells without a row."""
+        done = self.store.keys()
+        return sum(
+            (self.suite, self.profile, case.name, seed, m) not in done
+            for case, seed in self.groups
+            for m in self._methods(case)
+        )
+
+    def _finished(self, note: str) -> None:
+        """Tell how many rows there are more, those of other processes included: the time left is that of all."""
+        before, self.missing = self.missing, self._missing()
+        self.progress.advance(note, before - self.missing)
+
     def _left(self, case: Case, seed: int) -> list[str]:
         """Methods of a case that have no row yet."""
         done = self.store.keys()
@@ -188,7 +211,7 @@ class Cells:
         except PreflightError as error:
             for method in left:
                 self.store.append(self._row(case, seed, method, status="cannot", reason=without_folders(str(error))))
-                self.progress.advance(case.name)
+                self._finished(case.name)
             return
         facts = {
             "metric": bed.metric, "owners": bed.owners, "anchor": bed.anchor_scores, "budget": bed.budget,
@@ -209,11 +232,11 @@ class Cells:
             else:
                 row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))
             self.store.append(row)
-            self.progress.advance(f"{case.name} {method}")
+            self._finished(f"{case.name} {method}")
 
     def _figures(self, bed: Bed, outcome: Outcome, clock: Clock) -> dict[str, Any]:
         return {
-            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "extra")},
+            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "flops", "extra")},
             "notes": without_folders(outcome.notes),
             **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
             "seconds": clock.seconds["run"] + outcome.reused[0],

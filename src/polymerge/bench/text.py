@@ -19,6 +19,7 @@ from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, tokens
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.rows import training_flops
 from polymerge.bench.train import Weights
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
@@ -230,6 +231,11 @@ class TextBed:
         _, lr, model, done = min(runs, key=lambda run: run[:2])
         outcome = self._measured(model, target)
         outcome.tokens, outcome.steps = done.tokens, done.steps
+        share = len(runs) * done.tokens // len(self.sources)  # a row has one teacher, its owner: about equally many
+        taught = [(s.parameters, share) for s in self.sources.values()]
+        outcome.flops = training_flops(
+            plan.parameters(self.family, target), done.tokens, runs=len(runs), teachers=taught
+        )
         outcome.notes = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
         outcome.extra = {
             "lr": lr, "lr_trials": {f"{rate:g}": worst for worst, rate, _, _ in runs},

@@ -8,6 +8,7 @@ colour-blind readers can tell apart.
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -158,7 +159,7 @@ def svg(figure: Figure, label: str) -> str:
     text = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 var(--sans)", text)
     for placeholder, value in ((INK, "currentColor"), (FAINT, "var(--faint)"), (PAPER, "var(--paper)")):
         text = text.replace(placeholder, value)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 
 def png(figure: Figure, dots_per_inch: int = 160) -> bytes:
@@ -215,10 +216,15 @@ def _millions(count: int) -> str:
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """Axes in the house style: two faint spines, no background."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(FAINT)
     axes.tick_params(colors=FAINT, labelsize=_SIZE - 0.5)
     axes.patch.set_alpha(0)
-    return figure, axes

@@ -11,9 +11,8 @@ from typing import Any
 
 from polymerge import report
 from polymerge.errors import OutputError
+from polymerge.report.page import document, facts, joined, save, table
 from polymerge.report.terminal import bits, duration, size
-
-_STYLE = Path(__file__).with_name("page.css")
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -29,11 +28,7 @@ def read(path: Path | str) -> dict[str, Any]:
 
 def write(path: Path | str, summary: Mapping[str, Any]) -> None:
     """Write the page. Raises OutputError when the place cannot be written."""
-    text = page(summary)
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    save(path, page(summary))
 
 
 def page(summary: Mapping[str, Any]) -> str:
@@ -50,16 +45,11 @@ def page(summary: Mapping[str, Any]) -> str:
         ("Samples", _samples(summary)),
         ("Recipe", _pre(summary.get("recipe"))),
     ]
-    body = "\n".join(f"<section><h2>{title}</h2>\n{text}</section>" for title, text in sections if text)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(headline)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f'<body><main>\n<h1>{escape(headline)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
-        f"{_facts(summary)}\n{body}\n"
-        f"<footer>Made by polymerge {escape(str(summary.get('version', '')))}. Bits per byte are measured on "
-        "test text that no stage of the merge read; lower is better.</footer>\n</main></body></html>\n"
+    foot = (
+        f"Made by polymerge {summary.get('version', '')}. Bits per byte are measured on test text that no stage of "
+        "the merge read; lower is better."
     )
+    return document(headline, lead, f"{_facts(summary)}\n{joined(sections)}", foot)
 
 
 def _headline(summary: Mapping[str, Any]) -> tuple[str, str]:
@@ -97,9 +87,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         cells.append((duration(total), "wall time in all"))
     if summary.get("peak_bytes"):
         cells.append((size(summary["peak_bytes"]), "peak memory"))
-    return (
-        '<div class="facts">' + "".join(f"<div><b>{a}</b><span>{escape(b)}</span></div>" for a, b in cells) + "</div>"
-    )
+    return facts(cells)
 
 
 def _skills(summary: Mapping[str, Any]) -> str:
@@ -112,7 +100,7 @@ def _skills(summary: Mapping[str, Any]) -> str:
         alone = [bits((row.get("experts") or {}).get(e)) for e in experts]
         rows.append([name, *alone, *(bits(row.get(s)) for s in stages), bits(report.excess(row), "+.3f")])
     marked = [name == loser for name in skills]
-    return _table(header, rows, marked) + (
+    return table(header, rows, marked) + (
         '<p class="note">Bits per byte. The worst skill is bold: it is what a merge is judged by. '
         "The owner is the expert that a skill came from.</p>"
     )
@@ -171,8 +159,8 @@ def _knobs(summary: Mapping[str, Any]) -> str:
     rows = [_trial(trial, list(summary["skills"])) for trial in trials]
     header = list(dict.fromkeys(key for row in rows for key in row))
     marked = [all(trial.get(k) == v for k, v in chosen.items() if k in trial) for trial in trials]
-    table = _table(header, [[row.get(key, "–") for key in header] for row in rows], marked)
-    return table + (
+    shown = table(header, [[row.get(key, "–") for key in header] for row in rows], marked)
+    return shown + (
         '<p class="note">Shapes and knobs tried on held-out calibration text, before any training: what each '
         "skill lost, in bits per byte, and the worst of them. What was chosen is bold.</p>"
     )
@@ -230,22 +218,3 @@ def _bars(rows: Sequence[tuple[str, list[tuple[float, bool]], str]], full: float
             f'<span>{escape(name)}</span><span class="track">{track}</span><span class="value">{escape(value)}</span>'
         )
     return f'<div class="bars">{"".join(cells)}</div>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool]) -> str:
-    """A table; columns of numbers are right-aligned, marked rows are bold."""
-    number = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
-    kind = [' class="n"' if n else "" for n in number]
-    head = "".join(f"<th{k}>{escape(h)}</th>" for h, k in zip(header, kind, strict=True))
-    lines = [
-        f"<tr{' class=worst' if bold else ''}>"
-        + "".join(f"<td{k}>{escape(cell)}</td>" for cell, k in zip(row, kind, strict=True))
-        + "</tr>"
-        for row, bold in zip(rows, marked, strict=True)
-    ]
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
-def _is_number(cell: str) -> bool:
-    return cell == "–" or cell.lstrip("+-").replace(",", "").replace(".", "", 1).replace("e-", "").isdigit()

@@ -1,0 +1,263 @@
+"""The page of a benchmark: self-contained, made from rows alone, nothing empty, nothing drawn without rows."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_report import Balanced
+from typer.testing import CliRunner
+
+from polymerge.bench import board
+from polymerge.bench.rows import Row, Store, parse, training_flops
+from polymerge.cli import app
+from polymerge.report import bench, bench_figures, page
+
+COMMITTED = Path(__file__).parents[1] / "examples/results/text-quick.jsonl"
+OWNERS, ANCHOR = {"a": 1.0, "b": 0.98}, {"a": 1.0, "b": 0.2}
+SCORES = {
+    "union": 0.97, "fold": 0.8, "fold_heal": 0.93, "anchor": 0.2, "ensemble": 0.9, "anchor_distill": 0.85,
+    "scratch_distill": 0.4, "placebo": 0.01, "ot_fusion": 0.95,
+}  # fmt: skip
+
+
+def distilled(worst: float, steps: int = 60) -> dict:
+    curve = [{"step": s, "worst": worst * (0.4 + 0.6 * s / steps)} for s in range(0, steps + 1, 10)]
+    return {"curve": curve, "best_step": steps, "lr": 1e-3}
+
+
+def trained(seed: int) -> dict:
+    curve = [
+        {
+            "step": s, "train_loss": 5 / (1 + s / 50), "train_acc": min(1.0, s / 500), "val_loss": 5 / (1 + s / 90),
+            "val_acc": min(1.0, s / (800 + 50 * seed)),
+        }
+        for s in range(100, 1300, 100)
+    ]  # fmt: skip
+    final = {"final_train_loss": 0.01, "final_train_acc": 1.0, "final_val_loss": 0.02, "final_val_acc": 1.0}
+    return {"curve": curve, "step_val_acc_99": 800 + 50 * seed, **final}
+
+
+def made() -> list[Row]:
+    """Two budgets and two seeds of one pair, an expert from scratch, a rival that cannot."""
+    rows = []
+    for seed in (0, 1):
+        for budget, size in (("sum", 900_000), ("largest", 600_000)):
+            case = f"cross/a+b/all/{budget}"
+            base = Row(
+                "modular", "full", case, seed, "", owners=OWNERS, anchor=ANCHOR, budget=budget, device="2 cores",
+                parameters=size, expert_parameters={"a": 400_000, "b": 500_000}, setting={"protocol": "cross"},
+                command=f"polymerge bench modular --case {case} --seeds {seed + 1}", seconds=2.0, cpu_seconds=3.0,
+            )  # fmt: skip
+            for method, score in SCORES.items():
+                worst = round(score - 0.02 * seed - (0.1 if budget == "largest" else 0), 4)
+                more = {"extra": distilled(worst), "tokens": 92160, "steps": 60, "flops": 10**12}
+                more = more if method in ("fold_heal", "anchor_distill", "scratch_distill") else {}
+                scored = {"scores": {"a": 0.99, "b": worst}, "worst": worst, "worst_skill": "b", "gap_closed": worst}
+                rows.append(replace(base, method=method, **scored, **more))
+            rows.append(replace(base, method="zipit", status="cannot", reason="width 3 < 4 & no room"))
+        rows.append(
+            Row(
+                "modular",
+                "full",
+                "baseline/x_plus_y-2",
+                seed,
+                "expert",
+                scores={"x_plus_y": 1.0},
+                worst=1.0,
+                parameters=400_000,
+                steps=1200,
+                tokens=1200 * 512 * 3,
+                setting={"protocol": "baseline", "run": 0},
+                size={"layers": 2, "width": 128, "heads": 4},
+                owners={"x_plus_y": 1.0},
+                extra=trained(seed),
+                command="polymerge bench modular --case baseline/x_plus_y-2",
+            )  # fmt: skip
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def shown() -> str:
+    return bench.page(made())
+
+
+class Cells(HTMLParser):
+    """(text, data-sort) of every cell; tables by body."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.cells: list[list[str]] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "td":
+            self.cells.append(["", dict(attrs).get("data-sort")])
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1][0] += data
+
+
+def test_no_cell_is_empty_and_every_one_can_be_sorted_by(shown):
+    cells = Cells(shown).cells
+    assert len(cells) > 100
+    assert all(text.strip() and key is not None for text, key in cells)
+    keys = dict(cells)
+    assert keys["0.9200 ± 0.0141"] == "0.9200"
+    assert keys["600,000"] == "600000"
+    assert keys["1.00e12"] == "1.00e12"
+    assert keys["–"] == ""
+    assert keys["fold + heal"] == "fold + heal"
+    heads = re.findall(r"<th\b[^>]*>", shown)
+    assert all('aria-sort="none"' in head for head in heads)
+    assert shown.count('<button type="button">') == len(heads)
+    assert shown.count("<script>") == 1
+
+
+def test_what_cannot_be_done_is_last_with_its_reason(shown):
+    for table in re.findall(r"<table.*?</table>", shown):
+        assert "zipit" not in table.split('<tbody class="last">')[0]
+    last = re.findall(r'<tbody class="last">.*?</tbody>', shown)
+    assert len(last) == 2
+    assert all("cannot: width 3 &lt; 4 &amp; no room" in body for body in last)
+
+
+def test_where_ours_does_not_win_comes_first(shown):
+    assert re.findall(r"<h2>(.*?)</h2>", shown)[0] == board.BEHIND
+    assert "cross/a+b/all/sum: ot_fusion 0.9400 (ours 0.9200)" in shown
+    assert board.BEHIND not in bench.page([r for r in made() if r.method != "ot_fusion"])
+
+
+def test_every_cost_and_command_is_there(shown):
+    for told in ("ours", "rival", "control", "92,160", "1.00e12", "3.0", "--case cross/a+b/all/sum --seeds 2"):
+        assert told in shown
+    assert "--seeds 1<" not in shown  # the command of the last seed runs the others as well
+
+
+def test_the_page_needs_no_network_and_is_well_formed(shown):
+    assert not re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)[^)]*\)|@import', shown)
+    assert set(re.findall(r"https?://[\w./]+", shown)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    parser = Balanced()
+    parser.feed(re.sub(r"<script>.*?</script>", "", shown, flags=re.DOTALL))
+    assert parser.open == []
+
+
+def test_the_bytes_depend_on_the_rows_only(tmp_path):
+    rows = made()
+    random.Random(1).shuffle(rows)
+    for row in rows:
+        Store(tmp_path).append(row)
+    code = f"import polymerge.bench as b; b.report({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "1"}, check=True)
+    assert (tmp_path / "report.html").read_text() == bench.page(made())
+
+
+def test_profiles_are_no_seeds_of_each_other():
+    rows = [r for r in made() if r.seed == 0]
+    both = [*rows, *(replace(r, profile="quick", worst=0.5) for r in rows if r.method == "fold")]
+    text = bench.page(both)
+    for title in ("cross/a+b/all/sum (full)", "cross/a+b/all/sum (quick)"):
+        assert text.count(f"<h3>{title}</h3>") == 1
+    assert "±" not in "".join(cell for cell, _ in Cells(text).cells)
+
+
+@pytest.mark.parametrize(
+    ("keep", "pictures"),
+    [
+        (lambda r: r.method == "zipit", ["cases by methods"]),
+        (lambda r: r.method == "fold", ["cases by methods", "size and skill"]),
+        (lambda r: r.method == "fold" and r.budget == "sum", ["cases by methods"]),
+        (lambda r: r.method == "fold_heal" and r.budget == "sum", ["cases by methods", "healing"]),
+        (lambda r: r.method == "expert", ["training"]),
+    ],
+)
+def test_pictures_without_rows_are_left_out(keep, pictures):
+    text = bench.page([r for r in made() if keep(r)])
+    assert [label.rpartition(": ")[2] for label in re.findall(r'aria-label="([^"]*)"', text)] == pictures
+
+
+def lines(figure) -> list[tuple[list[float], list[float]]]:
+    """Points of every line that is no mark."""
+    found = [line for axes in figure.axes for line in axes.get_lines() if len(line.get_xdata()) > 2]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in found]
+
+
+def test_curves_are_those_of_the_rows():
+    rows = made()
+    [healed] = [r for r in rows if r.method == "fold_heal" and r.budget == "sum" and r.seed == 0]
+    expected = ([i * 15.36 for i in range(7)], [p["worst"] for p in healed.extra["curve"]])
+    [(tokens, worst)] = lines(bench_figures.healing([healed]))
+    assert (tokens, worst) == (pytest.approx(expected[0]), expected[1])
+    points = [{"step": 0, "tokens": 0, "worst": 2.0}, {"step": 9, "tokens": 7000, "worst": 1.0}]
+    text = replace(healed, extra={"curve": points})
+    assert bench_figures.healing_curve(text) == ([0.0, 7.0], [2.0, 1.0])
+    expert = [r for r in rows if r.method == "expert"]
+    drawn = lines(bench_figures.training(expert))
+    assert len(drawn) == 2 * 2 * len(expert)
+    steps, values = drawn[1]
+    assert steps == list(range(100, 1300, 100))
+    assert values == [p["val_loss"] for p in expert[0].extra["curve"]]
+    cross = [r for r in rows if r.method == "fold"]
+    assert bench_figures.size_points(cross)["fold"] == ([0.6, 0.9], pytest.approx([0.69, 0.79]))
+
+
+def test_step_val_acc_99_is_not_marked_where_it_was_not_reached():
+    expert = next(r for r in made() if r.method == "expert")
+    assert bench_figures.reached(expert) == 800
+    failed = {**expert.extra, "step_val_acc_99": expert.steps, "final_val_acc": 0.5}
+    assert bench_figures.reached(replace(expert, extra=failed)) is None
+
+
+def test_shades_compare_within_a_case_in_both_metrics():
+    for metric, scores in (("accuracy", (0.2, 0.6, 1.0)), ("bits per byte", (3.0, 2.0, 1.0))):
+        named = zip(("anchor", "x", "y"), scores, strict=True)
+        rows = [Row("s", "p", "c", 0, method, metric=metric, worst=worst) for method, worst in named]
+        shades = {m: shade for m, (_, shade) in bench_figures.shades_of(rows).items()}
+        assert shades == pytest.approx({"anchor": 0.0, "x": 0.5, "y": 1.0})
+        assert bench_figures.shades_of([replace(r, worst=None) for r in rows]) == {}
+
+
+def test_flops_by_hand():
+    assert training_flops(10, 100) == 6000
+    assert training_flops(10, 100, runs=2, teachers=[(5, 200), (7, 1)]) == 12000 + 2000 + 14
+
+
+def test_rows_from_before_flops_were_counted_still_show():
+    lines = [json.loads(line) for line in COMMITTED.read_bytes().splitlines()]
+    old = [parse(json.dumps({k: v for k, v in line.items() if k != "flops"}).encode(), "") for line in lines]
+    assert old[0].flops is None
+    text = bench.page(old)
+    assert "prose+code/1.5x" in text
+    assert all(cell.strip() for cell, _ in Cells(text).cells)
+
+
+def test_the_command_writes_both_and_says_so(tmp_path):
+    for row in made():
+        Store(tmp_path).append(row)
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for name in ("LEADERBOARD.md", "report.html"):
+        assert (tmp_path / name).is_file()
+        assert str(tmp_path / name) in done.stdout
+    told = CliRunner().invoke(app, ["report", "--help"], terminal_width=200).stdout
+    assert "LEADERBOARD.md" in told
+    assert "report.html" in told
+
+
+def test_markdown_of_the_texts():
+    assert page.prose("a `b` *c* <\n\n- one\n- two") == (
+        "<p>a <code>b</code> <em>c</em> &lt;</p>\n<ul><li>one</li><li>two</li></ul>"
+    )
