@@ -121,7 +121,7 @@ def make_unigram(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     draft.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.UnigramTrainer(
         vocab_size=vocabulary - 257,
-        unk_token="<unk>",
+        unk_token="<unk>",  # noqa: S106
         special_tokens=["<unk>"],
         show_progress=False,
     )
