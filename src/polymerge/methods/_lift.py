@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from polymerge.align import depth
+from polymerge.align.transport import plan
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import _check, _Padding
@@ -124,6 +125,14 @@ def hold(expert: Lifted, target: Spec) -> None:
                 f"{expert.source.path}: {what}: {own} do not fit into the target's {room}, and this method only pads;"
                 " choose a larger size, or the fold"
             )
+
+
+def plan_of(cost: Tensor, epsilon: float) -> Tensor:
+    """A transport plan; PreflightError where the exact one (epsilon 0) is out of reach."""
+    try:
+        return plan(cost, epsilon)
+    except ValueError as error:
+        raise PreflightError(f"epsilon: {epsilon}: {error}") from None
 
 
 def rows_of_all(texts: Calibration, limit: int) -> Int[Tensor, "row time"]:

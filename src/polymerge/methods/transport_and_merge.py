@@ -25,7 +25,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, hold, rows_of_all
+from polymerge.methods._lift import Lifted, hold, plan_of, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods.linear import padded
@@ -111,9 +111,9 @@ class Method:
             costs = torch.zeros(anchor.spec.layers, donor.spec.layers, dtype=torch.float64)
             for i, j in torch.cartesian_prod(*(torch.arange(n) for n in costs.shape)).view(-1, 2).tolist():
                 cost = 1 - moments[kind, i, j].matrix()
-                plans[kind, i, j] = transport.plan(cost, self.epsilon)
+                plans[kind, i, j] = plan_of(cost, self.epsilon)
                 costs[i, j] = float((cost * plans[kind, i, j]).sum())
-            layers[kind] = transport.plan(costs, self.epsilon)
+            layers[kind] = plan_of(costs, self.epsilon)
         return plans, layers
 
 
