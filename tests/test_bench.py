@@ -208,8 +208,42 @@ def test_a_shape_that_holds_the_experts_keeps_to_the_budget():
     assert (found.width, found.layers) == (48, 2)
     assert found.mlp >= large.mlp
     assert plan.parameters(family, found) <= plan.parameters(family, target)
-    with pytest.raises(PreflightError, match="do not hold"):
-        methods.holding(family, [large], replace(target, mlp=1))
+
+
+def test_without_room_a_method_gets_the_least_shape_that_holds_the_experts_and_the_row_says_so():
+    from polymerge import families, plan
+
+    small, large, family = modular.spec_of(PLUS, SMALL), modular.spec_of(MINUS, SMALL), families.get("mistral")
+    target = replace(large, width=32, heads=2, kv_heads=2, mlp=8)
+    tried = []
+
+    def make(spec):
+        tried.append(spec)
+        if len(tried) == 1:
+            raise PreflightError("too narrow")
+        return {None: {}}
+
+    found, _, note = methods.fitting(make, target, [small, large], family)
+    assert tried == [target, found]
+    assert (found.width, found.layers, found.heads, found.mlp) == (48, 2, 3, large.mlp)
+    assert note.startswith(f"given {plan.parameters(family, found):,} parameters, more than the fold's")
+    with pytest.raises(PreflightError, match="never"):
+        methods.fitting(lambda _: refuse("never"), target, [small, large], family)
+    with pytest.raises(PreflightError, match="never"):
+        methods.fitting(lambda _: refuse("never"), large, [small], family)
+
+
+def test_the_least_shape_is_one_that_the_family_accepts():
+    """A Llama's heads divide its width: 3 heads and width 32 make it 33."""
+    from polymerge import families
+
+    small, large = modular.spec_of(PLUS, SMALL), replace(modular.spec_of(MINUS, SMALL), width=32)
+    found = methods.holding(families.get("llama"), [small, large], replace(small, mlp=8))
+    assert (found.width, found.heads) == (33, 3)
+
+
+def refuse(why):
+    raise PreflightError(why)
 
 
 def test_every_listed_case_of_the_full_profile_is_there():
@@ -235,7 +269,7 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path / "out"
 
 
-WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
+WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear", "mergekit_ties"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):

@@ -360,7 +360,7 @@ def test_softer_transport_is_further_from_the_expert(save_model, tmp_path):
 def test_exact_plans_out_of_reach_are_refused_in_one_line(save_model, tmp_path):
     """97 and 101 neurons share no divisor: the exact plan would be an assignment of 9,797 units."""
     pair = [expert(save_model, tmp_path / str(n), intermediate_size=n) for n in (97, 101)]
-    with pytest.raises(PreflightError, match="epsilon: 0.0: the exact plan of 97 and 101 units"):
+    with pytest.raises(PreflightError, match=r"epsilon: 0\.0: the exact plan of 97 and 101 units"):
         merged(ot_fusion.Method(epsilon=0.0), pair[::-1], pair[1].spec)
 
 
@@ -422,7 +422,7 @@ def test_what_is_not_llama_like_is_refused(name, family, save_model, tmp_path):
         (ot_fusion.Method(), {"head_size": 4, "frequencies": (1.0, 0.01)}, "head_size is 4"),
         (regmean.Method(), {"vocab": 65}, "vocab is 65"),
         (linear.Method(weights=(1.0, 1.0, 1.0)), {}, "weights: .* for 2 experts"),
-        (ot_fusion.Method(epsilon=-0.1), {}, "epsilon: -0.1"),
+        (ot_fusion.Method(epsilon=-0.1), {}, r"epsilon: -0\.1"),
     ],
 )
 def test_what_cannot_be_held_is_refused_in_one_line(method, change, message, save_model, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
-from polymerge.bench import modular, tokens
+from polymerge.bench import modular, peer, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.train import Weights, initial
@@ -193,6 +193,12 @@ class ModularBed:
         outcome = self._outcome(target, weights)
         outcome.notes = note
         return outcome
+
+    def peer(self, name: str) -> Outcome:
+        """The experts as they are."""
+        folder = peer.merge(name, [e.path for e in self.experts], self._scratch / name, seed=self.seed)
+        made = modular.opened(folder, self.device)
+        return Outcome(self._measured(made), made.parameters, table.size_of(made.spec))
 
     # ------------------------------------------------------------------ parts
 

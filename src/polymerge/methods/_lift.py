@@ -26,6 +26,11 @@ from polymerge.model.spec import Spec
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
 
 
+def llama_like(spec: Spec) -> bool:
+    """RMSNorm, rotary positions, gated MLP after the attention: what methods that align weights one to one need."""
+    return spec.norm == "rms" and spec.gated and not spec.parallel and bool(spec.frequencies)
+
+
 class Lifted:
     """An expert in the target's head layout; `hosts[i]` is the target layer of its layer i.
 
@@ -35,7 +40,7 @@ class Lifted:
 
     def __init__(self, source: Source, target: Spec, *, absorb: bool = True) -> None:
         own = source.spec
-        if own.norm != "rms" or not own.gated or own.parallel or not own.frequencies:
+        if not llama_like(own):
             raise PreflightError(
                 f"{source.path}: {own.family} is not llama-like (RMSNorm, rotary positions, gated MLP), and this method"
                 " aligns weights one to one: leave the expert out, or use the fold"
