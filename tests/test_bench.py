@@ -269,7 +269,8 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path / "out"
 
 
-WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear", "mergekit_ties"]
+WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
+WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
@@ -277,6 +278,9 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     assert sorted(r.method for r in rows) == sorted(WANTED)
     assert all(r.status == "ok" or r.reason for r in rows)
     fold = next(r for r in rows if r.method == "fold")
+    assert next(r for r in rows if r.method == "fuse_distill").scores.keys() == fold.scores.keys()
+    [transport] = [r for r in rows if r.method == "task_vector_transport"]
+    assert "needs the donor's base model" in transport.reason
     assert set(fold.scores) == {"x_plus_y", "x_minus_y"}
     assert fold.parameters <= sum(fold.expert_parameters.values())
     assert fold.worst == fold.scores[fold.worst_skill]

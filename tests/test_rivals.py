@@ -10,7 +10,7 @@ from polymerge.align.procrustes import pair_block
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.errors import PreflightError
-from polymerge.methods import git_rebasin, linear, orthogonal, ot_fusion, regmean, transport_and_merge, zipit
+from polymerge.methods import fs_merge, git_rebasin, linear, orthogonal, ot_fusion, regmean, transport_and_merge, zipit
 from polymerge.methods._lift import lift, rows_of_all
 from polymerge.methods._merge import aligned
 from polymerge.model import decoder
@@ -24,13 +24,14 @@ EXACT = {
     "orthogonal": orthogonal.Method(),
     "zipit": zipit.Method(),
     "regmean": regmean.Method(),
+    "fs_merge, hardly trained": fs_merge.Method(steps=2, lr=1e-8),
     "transport_and_merge, rescaled, exact plans": transport_and_merge.Method(alpha=0.5, epsilon=0.0, rescale=True),
 }
 """Methods whose merge of an expert with itself is the expert."""
 MADE: dict = {}
 """Experts on disk, made once."""
 PERMUTATION = [name for name in EXACT if name != "linear"]
-GAUGE = ["orthogonal", "regmean"]
+GAUGE = ["orthogonal", "regmean", "fs_merge, hardly trained"]
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {}, "tied llama": {"tie_word_embeddings": True}}
 
 
@@ -387,6 +388,50 @@ def test_regmean_beats_the_average_that_it_starts_from(save_model, tmp_path):
         found = weights[0]["q.weight"]
         errors.append(sum(float((normed[k] @ (found - parts[k]["q.weight"]).T).pow(2).mean()) for k in range(2)))
     assert errors[1] < errors[0]
+
+
+def test_untrained_fs_merge_is_orthogonal_alignment(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", seed=1, num_hidden_layers=1)]
+    target = larger(pair[0].spec)
+    start, plain = (merged(m, pair, target)[0] for m in (fs_merge.Method(steps=0), orthogonal.Method()))
+    torch.testing.assert_close(start, plain)
+
+
+def test_fs_merge_learns_a_disguise_that_alignment_cannot_undo(save_model, tmp_path):
+    """Values in a general linear gauge, not a rotation: the merge of an expert with its twin comes nearer to it."""
+    source = expert(save_model, tmp_path)
+    spec, g = source.spec, torch.Generator().manual_seed(7)
+    ratio = spec.heads // spec.kv_heads
+    block = torch.randn(spec.kv_heads, spec.head_size, spec.head_size, generator=g, dtype=torch.float64)
+
+    def change(index, w):
+        if index is None:
+            return w
+        v = block @ w["v.weight"].unflatten(0, (spec.kv_heads, -1))
+        back = torch.linalg.inv(block).transpose(1, 2).repeat_interleave(ratio, 0)
+        o = back @ w["o.weight"].T.unflatten(0, (spec.heads, -1))
+        return w | {"v.weight": v.flatten(0, 1), "o.weight": o.flatten(0, 1).T}
+
+    other, data = rewrite(twin(source), change), texts()
+    assert gap(other.logits(data.tokens), source, data) < 1e-9
+    held = data.tokens[~data.fit]
+    errors = []
+    for method in (orthogonal.Method(), fs_merge.Method(steps=60, lr=5e-3, tokens=240)):
+        logits, _, _ = merged(method, [source, other], spec, data=data)
+        errors.append(float((logits[~data.fit] - source.logits(held)).pow(2).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_fs_merge_matches_the_features_of_two_experts_on_text_that_it_never_read(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", seed=1, hidden_size=24)]
+    data, target = texts(), pair[0].spec
+    errors = []
+    for steps in (0, 60):
+        logits, _, _ = merged(fs_merge.Method(steps=steps, lr=5e-3, tokens=240), pair, target, data=data)
+        mine = [~data.fit & (data.owner == k) for k in range(2)]
+        errors.append([float((logits[m] - e.logits(data.tokens[m])).pow(2).mean())
+                       for m, e in zip(mine, pair, strict=True)])  # fmt: skip
+    assert all(after < before for before, after in zip(*errors, strict=True))
 
 
 def test_transport_and_merge_as_released_adds_almost_nothing(save_model, tmp_path):

@@ -36,8 +36,14 @@ METHODS: dict[str, tuple[str, str]] = {
     "scratch_distill": ("control", "the same size from random weights, distilled on the same tokens"),
     "shrink": ("control", "the fold of the anchor alone into the same size"),
     "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
+    "fuse_distill": ("rival", "FuseLLM: the padded anchor, distilled from the experts' fused distributions"),
+    "task_vector_transport": ("rival", "Theseus, BiCo: a donor's task vector transported onto the anchor"),
 }
 """Name -> (group, what it is). Rivals are added by `known`."""
+LACKING = {
+    "task_vector_transport": "it needs the donor's base model, and these experts were trained from scratch",
+}
+"""What no suite can run, and why."""
 
 
 @dataclass
@@ -132,6 +138,8 @@ def chosen(asked: Sequence[str] | None) -> list[str]:
 
 def run(bed: Bed, name: str) -> Outcome:
     """One method on a bed. Raises PreflightError where it cannot do the case."""
+    if name in LACKING:
+        raise PreflightError(LACKING[name])
     if name in METHODS:
         work = getattr(bed, name, None)
         if work is None:

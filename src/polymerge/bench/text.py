@@ -18,6 +18,7 @@ from torch import Tensor
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
+from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.train import Weights
 from polymerge.calibrate.texts import read_skill
@@ -137,16 +138,12 @@ class TextBed:
         return Outcome(scores, sum(self.expert_parameters.values()))
 
     def anchor_distill(self) -> Outcome:
-        """The anchor in the fold's shape, or in one of as many parameters that holds it."""
-        anchor = self.sources[self.detail.anchor]
+        """The anchor in the fold's shape, or in one that holds it."""
+        return self._distilled_anchor()
 
-        def padded(target: Spec) -> Weights:
-            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
-
-        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
-        outcome = self._distilled(lambda: load_student(self._saved("padded", target, weights)), target)
-        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
-        return outcome
+    def fuse_distill(self) -> Outcome:
+        """The same from the experts' fused distributions."""
+        return self._distilled_anchor(FusedTeacher([load_expert(s) for s in self.sources.values()]))
 
     def scratch_distill(self) -> Outcome:
         """Weights as transformers draws them."""
@@ -261,7 +258,20 @@ class TextBed:
         )  # fmt: skip
         return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs)
 
-    def _distilled(self, student: Callable[[], Any], target: Spec) -> Outcome:
+    def _distilled_anchor(self, guide: Any = None) -> Outcome:
+        """The padded anchor, distilled."""
+        anchor = self.sources[self.detail.anchor]
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
+        folder = self._saved("padded", target, weights)
+        outcome = self._distilled(lambda: load_student(folder), target, guide)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        return outcome
+
+    def _distilled(self, student: Callable[[], Any], target: Spec, guide: Any = None) -> Outcome:
         """Heal at each learning rate; measure the best by validation."""
         settings = Heal(tokens=self.detail.heal_tokens)
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
@@ -271,7 +281,9 @@ class TextBed:
         for lr in self.detail.lrs:
             self.progress(f"distil at {lr:g}")
             model = student()
-            done = heal(model, teachers, rows, held, replace(settings, lr=lr), seed=self.seed, device=self.device)
+            done = heal(
+                model, teachers, rows, held, replace(settings, lr=lr), guide=guide, seed=self.seed, device=self.device
+            )
             runs.append((min(p.worst for p in done.curve), lr, model, done))
         _, lr, model, done = min(runs, key=lambda run: run[:2])
         outcome = self._measured(model, target)
