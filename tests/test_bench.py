@@ -246,6 +246,31 @@ def refuse(why):
     raise PreflightError(why)
 
 
+def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
+    class Bed:
+        def __init__(self, metric):
+            self.metric, self.budget = metric, "sum"
+            self.owners = self.anchor_scores = self.expert_parameters = self.setting = {}
+
+        def rival(self, method):
+            held = {"a": 1.0, "b": method.knob}
+            return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held})
+
+        def peer(self, name):
+            raise NotImplementedError
+
+    class Method:
+        GRID = ({}, {"knob": 0.7}, {"knob": 0.1})
+
+        def __init__(self, knob=0.5):
+            self.knob = knob
+
+    found = methods.tuned(Bed("accuracy"), Method)
+    assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7, best of 3 by validation; shape")
+    Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
+    assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
+
+
 def test_every_listed_case_of_the_full_profile_is_there():
     names = [case.name for case in modular.cases("full")]
     assert len(names) == len(set(names))

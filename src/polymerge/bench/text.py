@@ -179,8 +179,10 @@ class TextBed:
                 raise
             (experts, note), reused = self._translated()
             target, weights, shape = self._merged_by(method, experts)
-        outcome = self._measured(load_student(self._saved("rival", target, weights)), target)
+        model = load_student(self._saved("rival", target, weights))
+        outcome = self._measured(model, target)
         outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
+        outcome.extra["validation"] = self._over(model)
         return outcome
 
     def peer(self, name: str) -> Outcome:
@@ -299,6 +301,12 @@ class TextBed:
         folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
         tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
         return folder
+
+    def _over(self, model: Any) -> dict[str, float]:
+        """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""
+        rows = rows_of(self.texts, "validation", self.tokenizer, self.recipe.fold.length, VALIDATION_ROWS)
+        own = measure_experts(self.sources, rows, self.recipe.union.alpha, Quiet())
+        return {s: bits_per_byte(model, part, device=self.device) - own[s]["owner"] for s, part in rows.items()}
 
     def _measured(self, model: Any, target: Spec) -> Outcome:
         scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}

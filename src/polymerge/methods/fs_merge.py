@@ -16,6 +16,7 @@ Works on the anchor's units, as `orthogonal` does, where training starts; `steps
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,8 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 class Method:
     """Foldable super-network. `rank` of the learned maps; Adam for `steps` of `tokens` at `lr`, decaying to zero."""
 
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"lr": 1e-3})
+
     weights: tuple[float, ...] = ()
     rank: int = 16
     steps: int = 200
@@ -53,7 +56,7 @@ class Method:
         alignment = orthogonal.align(lifted, anchor, target, rows_of_all(texts, self.rows))
         net = _SuperNet(lifted, alignment, weights, target, self.rank, torch.Generator().manual_seed(seed))
         with torch.enable_grad():
-            net.train(texts, self)
+            net.train(texts, self, seed)
         with torch.no_grad():
             folded = net.folded()
         for layer, part in folded.items():
@@ -134,11 +137,11 @@ class _SuperNet:
             out[index] = layer
         return out
 
-    def train(self, texts: Calibration, settings: Method) -> None:
+    def train(self, texts: Calibration, settings: Method, seed: int) -> None:
         """Adam on all maps, a batch of every expert's rows at each step."""
         flat = [p for m in self.maps for p in (m.diagonal, m.a, m.b)]
         optimiser = torch.optim.Adam(flat, lr=settings.lr, eps=1e-6)
-        generator = torch.Generator().manual_seed(settings.steps)
+        generator = torch.Generator().manual_seed(seed)
         rows = {k: texts.of(k) for k in range(len(self.lifted)) if self.weights[k] > 0 and len(texts.of(k))}
         each = max(1, settings.tokens // (texts.tokens.shape[1] * max(1, len(rows))))
         scored = texts.scored.to(self.norm.device)

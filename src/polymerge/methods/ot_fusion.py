@@ -15,6 +15,7 @@ permutations (exactly for ε = 0; blurred otherwise); not signs or rotations.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ from polymerge.model.spec import Spec
 @dataclass(frozen=True)
 class Method:
     """Optimal transport on activations. `epsilon`: Sinkhorn's regularisation, 0 for exact plans; `rows` of text."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"epsilon": 0.2}, {"epsilon": 0.02})
 
     weights: tuple[float, ...] = ()
     epsilon: float = 0.06

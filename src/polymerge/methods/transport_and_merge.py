@@ -17,6 +17,7 @@ pairs and heads are not respected by the transport. The anchor must be llama-lik
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ MAPS = {"q": "normed", "k": "normed", "v": "normed", "o": "mixed"}
 @dataclass(frozen=True)
 class Method:
     """Transport and Merge. `alpha`: the donors' share; `epsilon`: of both Sinkhorns, 0 for exact plans."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"rescale": True, "alpha": 0.1}, {"rescale": True, "alpha": 0.3})
 
     alpha: float = 0.01
     epsilon: float = 0.1
