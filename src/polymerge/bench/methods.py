@@ -157,7 +157,10 @@ def tuned(bed: Bed, method: Any) -> Outcome:
     """
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
     up = 1 if bed.metric == "accuracy" else -1
-    found = [bed.rival(method(**options)) for options in grid]
+    made = [method(**options) for options in grid]
+    found = [bed.rival(one) for one in made]
+    for one, outcome in zip(made, found, strict=True):
+        outcome.tokens = getattr(one, "training_tokens", 0)
     if len(grid) == 1:
         return found[0]
     scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]

@@ -47,6 +47,11 @@ class Method:
     tokens: int = 1024
     rows: int = 256
 
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that training reads."""
+        return self.steps * self.tokens
+
     def merge(
         self, experts: Sequence[Source], anchor: int, target: Spec, texts: Calibration, emit: Emit, seed: int
     ) -> None:
