@@ -208,8 +208,67 @@ def test_a_shape_that_holds_the_experts_keeps_to_the_budget():
     assert (found.width, found.layers) == (48, 2)
     assert found.mlp >= large.mlp
     assert plan.parameters(family, found) <= plan.parameters(family, target)
-    with pytest.raises(PreflightError, match="do not hold"):
-        methods.holding(family, [large], replace(target, mlp=1))
+
+
+def test_without_room_a_method_gets_the_least_shape_that_holds_the_experts_and_the_row_says_so():
+    from polymerge import families, plan
+
+    small, large, family = modular.spec_of(PLUS, SMALL), modular.spec_of(MINUS, SMALL), families.get("mistral")
+    target = replace(large, width=32, heads=2, kv_heads=2, mlp=8)
+    tried = []
+
+    def make(spec):
+        tried.append(spec)
+        if len(tried) == 1:
+            raise PreflightError("too narrow")
+        return {None: {}}
+
+    found, _, note = methods.fitting(make, target, [small, large], family)
+    assert tried == [target, found]
+    assert (found.width, found.layers, found.heads, found.mlp) == (48, 2, 3, large.mlp)
+    assert note.startswith(f"given {plan.parameters(family, found):,} parameters, more than the fold's")
+    with pytest.raises(PreflightError, match="never"):
+        methods.fitting(lambda _: refuse("never"), target, [small, large], family)
+    with pytest.raises(PreflightError, match="never"):
+        methods.fitting(lambda _: refuse("never"), large, [small], family)
+
+
+def test_the_least_shape_is_one_that_the_family_accepts():
+    """A Llama's heads divide its width: 3 heads and width 32 make it 33."""
+    from polymerge import families
+
+    small, large = modular.spec_of(PLUS, SMALL), replace(modular.spec_of(MINUS, SMALL), width=32)
+    found = methods.holding(families.get("llama"), [small, large], replace(small, mlp=8))
+    assert (found.width, found.heads) == (33, 3)
+
+
+def refuse(why):
+    raise PreflightError(why)
+
+
+def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
+    class Bed:
+        def __init__(self, metric):
+            self.metric, self.budget = metric, "sum"
+            self.owners = self.anchor_scores = self.expert_parameters = self.setting = {}
+
+        def rival(self, method):
+            held = {"a": 1.0, "b": method.knob}
+            return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held})
+
+        def peer(self, name):
+            raise NotImplementedError
+
+    class Method:
+        GRID = ({}, {"knob": 0.7}, {"knob": 0.1})
+
+        def __init__(self, knob=0.5):
+            self.knob = knob
+
+    found = methods.tuned(Bed("accuracy"), Method)
+    assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7, best of 3 by validation; shape")
+    Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
+    assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
 
 
 def test_every_listed_case_of_the_full_profile_is_there():
@@ -246,6 +305,7 @@ class Told:
 
 
 WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
+WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
@@ -260,6 +320,9 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     read = {t: 3 * len(SMALL.split(t, 0, 0.8).train) for t in healed.scores}
     teachers = [2 * healed.expert_parameters[p.name] * read[p.task] for p in (PLUS, MINUS)]
     assert healed.flops == 6 * healed.parameters * healed.tokens + sum(teachers)
+    assert next(r for r in rows if r.method == "fuse_distill").scores.keys() == fold.scores.keys()
+    [transport] = [r for r in rows if r.method == "task_vector_transport"]
+    assert "needs the donor's base model" in transport.reason
     assert set(fold.scores) == {"x_plus_y", "x_minus_y"}
     assert fold.parameters <= sum(fold.expert_parameters.values())
     assert fold.worst == fold.scores[fold.worst_skill]

@@ -10,7 +10,7 @@ from polymerge.align.procrustes import pair_block
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.errors import PreflightError
-from polymerge.methods import git_rebasin, linear, orthogonal, ot_fusion, regmean, transport_and_merge, zipit
+from polymerge.methods import fs_merge, git_rebasin, linear, orthogonal, ot_fusion, regmean, transport_and_merge, zipit
 from polymerge.methods._lift import lift, rows_of_all
 from polymerge.methods._merge import aligned
 from polymerge.model import decoder
@@ -24,13 +24,14 @@ EXACT = {
     "orthogonal": orthogonal.Method(),
     "zipit": zipit.Method(),
     "regmean": regmean.Method(),
+    "fs_merge, hardly trained": fs_merge.Method(steps=2, lr=1e-8),
     "transport_and_merge, rescaled, exact plans": transport_and_merge.Method(alpha=0.5, epsilon=0.0, rescale=True),
 }
 """Methods whose merge of an expert with itself is the expert."""
 MADE: dict = {}
 """Experts on disk, made once."""
 PERMUTATION = [name for name in EXACT if name != "linear"]
-GAUGE = ["orthogonal", "regmean"]
+GAUGE = ["orthogonal", "regmean", "fs_merge, hardly trained"]
 FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {}, "tied llama": {"tie_word_embeddings": True}}
 
 
@@ -357,6 +358,13 @@ def test_softer_transport_is_further_from_the_expert(save_model, tmp_path):
     assert gaps[0] < 1e-3 < gaps[1] < gaps[2]
 
 
+def test_exact_plans_out_of_reach_are_refused_in_one_line(save_model, tmp_path):
+    """97 and 101 neurons share no divisor: the exact plan would be an assignment of 9,797 units."""
+    pair = [expert(save_model, tmp_path / str(n), intermediate_size=n) for n in (97, 101)]
+    with pytest.raises(PreflightError, match=r"epsilon: 0\.0: the exact plan of 97 and 101 units"):
+        merged(ot_fusion.Method(epsilon=0.0), pair[::-1], pair[1].spec)
+
+
 def test_zipit_holds_experts_side_by_side_where_there_is_room(save_model, tmp_path):
     """Nothing is merged then, and logits are averaged: exact for a rotated twin, which no matching sees."""
     source = expert(save_model, tmp_path)
@@ -380,6 +388,50 @@ def test_regmean_beats_the_average_that_it_starts_from(save_model, tmp_path):
         found = weights[0]["q.weight"]
         errors.append(sum(float((normed[k] @ (found - parts[k]["q.weight"]).T).pow(2).mean()) for k in range(2)))
     assert errors[1] < errors[0]
+
+
+def test_untrained_fs_merge_is_orthogonal_alignment(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", seed=1, num_hidden_layers=1)]
+    target = larger(pair[0].spec)
+    start, plain = (merged(m, pair, target)[0] for m in (fs_merge.Method(steps=0), orthogonal.Method()))
+    torch.testing.assert_close(start, plain)
+
+
+def test_fs_merge_learns_a_disguise_that_alignment_cannot_undo(save_model, tmp_path):
+    """Values in a general linear gauge, not a rotation: the merge of an expert with its twin comes nearer to it."""
+    source = expert(save_model, tmp_path)
+    spec, g = source.spec, torch.Generator().manual_seed(7)
+    ratio = spec.heads // spec.kv_heads
+    block = torch.randn(spec.kv_heads, spec.head_size, spec.head_size, generator=g, dtype=torch.float64)
+
+    def change(index, w):
+        if index is None:
+            return w
+        v = block @ w["v.weight"].unflatten(0, (spec.kv_heads, -1))
+        back = torch.linalg.inv(block).transpose(1, 2).repeat_interleave(ratio, 0)
+        o = back @ w["o.weight"].T.unflatten(0, (spec.heads, -1))
+        return w | {"v.weight": v.flatten(0, 1), "o.weight": o.flatten(0, 1).T}
+
+    other, data = rewrite(twin(source), change), texts()
+    assert gap(other.logits(data.tokens), source, data) < 1e-9
+    held = data.tokens[~data.fit]
+    errors = []
+    for method in (orthogonal.Method(), fs_merge.Method(steps=60, lr=5e-3, tokens=240)):
+        logits, _, _ = merged(method, [source, other], spec, data=data)
+        errors.append(float((logits[~data.fit] - source.logits(held)).pow(2).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_fs_merge_matches_the_features_of_two_experts_on_text_that_it_never_read(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", seed=1, hidden_size=24)]
+    data, target = texts(), pair[0].spec
+    errors = []
+    for steps in (0, 60):
+        logits, _, _ = merged(fs_merge.Method(steps=steps, lr=5e-3, tokens=240), pair, target, data=data)
+        mine = [~data.fit & (data.owner == k) for k in range(2)]
+        errors.append([float((logits[m] - e.logits(data.tokens[m])).pow(2).mean())
+                       for m, e in zip(mine, pair, strict=True)])  # fmt: skip
+    assert all(after < before for before, after in zip(*errors, strict=True))
 
 
 def test_transport_and_merge_as_released_adds_almost_nothing(save_model, tmp_path):
@@ -415,6 +467,7 @@ def test_what_is_not_llama_like_is_refused(name, family, save_model, tmp_path):
         (ot_fusion.Method(), {"head_size": 4, "frequencies": (1.0, 0.01)}, "head_size is 4"),
         (regmean.Method(), {"vocab": 65}, "vocab is 65"),
         (linear.Method(weights=(1.0, 1.0, 1.0)), {}, "weights: .* for 2 experts"),
+        (ot_fusion.Method(epsilon=-0.1), {}, r"epsilon: -0\.1"),
     ],
 )
 def test_what_cannot_be_held_is_refused_in_one_line(method, change, message, save_model, tmp_path):

@@ -116,7 +116,7 @@ def test_sinkhorn_of_a_stack_is_the_stack_of_sinkhorns_and_survives_small_epsilo
 def test_transport_says_what_it_cannot():
     with pytest.raises(ValueError, match="regularisation above 0"):
         transport.sinkhorn(torch.rand(2, 2), 0.0)
-    with pytest.raises(ValueError, match="use sinkhorn"):
+    with pytest.raises(ValueError, match="take epsilon > 0"):
         transport.exact(torch.rand(101, 103))
 
 

@@ -133,6 +133,7 @@ def heal(
     validation: Mapping[str, Any],
     settings: Heal,
     *,
+    guide: Any = None,
     out: Path | None = None,
     seed: int = 0,
     device: Any = "cpu",
@@ -146,6 +147,8 @@ def heal(
         rows: skill name -> calibration rows of `settings.length` tokens.
         validation: skill name -> rows never trained on; they choose the state, so they are no test.
         settings: the recipe's keys.
+        guide: a model whose distributions are learned, of all skills, instead of the teachers'; those are still what
+            the result is compared with.
         out: folder for the resumable state (`heal.pt`) and the log (`heal.jsonl`, a line a measurement).
         seed: of the order of the rows.
         device: where all models run.
@@ -166,6 +169,7 @@ def heal(
         raise ValueError(f"the student is in {student.dtype}; expected float32: small updates vanish in less")
     skills = learning.check_rows(rows, validation, settings.length)
     guides, owners = learning.resolve(teachers, settings.teacher, skills)
+    guides = guides if guide is None else dict.fromkeys(skills, guide)
     run = Run(student, guides, owners, settings, rows=rows, validation=validation, seed=seed, device=device)
     run.progress = progress
     if out is not None:

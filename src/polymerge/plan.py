@@ -134,18 +134,18 @@ def _whole(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
     heads = sum(s.heads for s in experts)
     spec = replace(base, heads=heads, kv_heads=heads // ratio(experts), mlp=sum(s.mlp for s in experts))
     width = sum(s.width for s in experts) + any(s.has_constants for s in experts)
-    return replace(spec, width=_allowed(family, width, heads))
+    return replace(spec, width=allowed(family, width, heads))
 
 
 def _largest(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
     """The least shape that holds each expert alone: what methods that average weights merge into."""
     heads = max(s.heads for s in experts)
-    width = _allowed(family, max(s.width for s in experts), heads)
+    width = allowed(family, max(s.width for s in experts), heads)
     mlp = max(s.mlp for s in experts)
     return replace(base, width=width, heads=heads, kv_heads=heads // ratio(experts), mlp=mlp)
 
 
-def _allowed(family: Family, width: int, heads: int) -> int:
+def allowed(family: Family, width: int, heads: int) -> int:
     """The least width from `width` on that the family accepts with so many heads."""
     step = heads if family.divides_width else 1
     return math.ceil(width / step) * step
@@ -156,7 +156,7 @@ def _explicit(family: Family, base: Spec, experts: Sequence[Spec], size: Size) -
     heads = size.heads or whole.heads
     if heads % group:
         raise PreflightError(f"size.heads: {heads} is not a multiple of {group}, the experts' query heads per KV head")
-    width = size.width or _allowed(family, whole.width, heads)
+    width = size.width or allowed(family, whole.width, heads)
     if family.divides_width and width % heads:
         raise PreflightError(
             f"size: a {family.model_type} needs a width that its heads divide; found width {width} and {heads} heads"

@@ -50,7 +50,7 @@ def exact(cost: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     n, m = cost.shape
     units = math.lcm(n, m)
     if units > LARGEST:
-        raise ValueError(f"the exact plan of {n} and {m} units needs an assignment of {units}; use sinkhorn()")
+        raise ValueError(f"the exact plan of {n} and {m} units needs an assignment of {units}; take epsilon > 0")
     repeated = cost.double().cpu().repeat_interleave(units // n, 0).repeat_interleave(units // m, 1)
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(repeated.numpy()))
     plan = torch.zeros(n * m, dtype=torch.float64)
@@ -61,7 +61,7 @@ def exact(cost: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
 
 def plan(cost: Float[Tensor, "*batch n m"], epsilon: float) -> Float[Tensor, "*batch n m"]:
     """`exact` where ε = 0, else `sinkhorn`."""
-    if epsilon > 0:
+    if epsilon != 0:
         return sinkhorn(cost, epsilon)
     flat = cost.reshape(-1, *cost.shape[-2:])
     return torch.stack([exact(c) for c in flat]).view(cost.shape)

@@ -91,6 +91,10 @@ QUICK = (
     "The quick profile has one seed, one pair of tasks of the six, one kind of difference of the four, one size of"
     " three, no permutations, and less healing than the full profile: a smoke test of the claims, no proof."
 )
+FAVOUR = (
+    "Controls and rivals take the fold's shape. Where they cannot, they get the least shape that holds the experts,"
+    " with more parameters if need be: in their favour, and said in their notes."
+)
 SAME = (
     "Test accuracy, and updates until validation accuracy is over 0.99 (`step_val_acc_99`; 0: before any training)."
     " The seed experiment's figures are validation accuracies of its last state; its merged models were trained from"
@@ -112,6 +116,7 @@ def preface(rows: Sequence[Row]) -> str:
     lines = [f"- {key}: {', '.join(values)}" for key, values in seen.items() if values]
     versions = sorted({f"{k} {v}" for r in rows for k, v in r.versions.items()})
     parts = ["Made from the rows by `polymerge report`; edit nothing here."]
+    parts += [FAVOUR]
     parts += [QUICK] if any(r.profile == "quick" for r in rows) else []
     return "\n\n".join([*parts, "\n".join([*lines, f"- versions: {', '.join(versions)}", f"- rows: {len(rows)}"])])
 

@@ -6,6 +6,7 @@ the bed's `rival`, in the shape that the fold was given.
 """
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from polymerge import methods as package
 from polymerge import plan as planning
 from polymerge._suggest import unknown
+from polymerge.bench import peer
 from polymerge.bench.train import Weights
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PolymergeError, PreflightError
@@ -34,8 +36,14 @@ METHODS: dict[str, tuple[str, str]] = {
     "scratch_distill": ("control", "the same size from random weights, distilled on the same tokens"),
     "shrink": ("control", "the fold of the anchor alone into the same size"),
     "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
+    "fuse_distill": ("rival", "FuseLLM: the padded anchor, distilled from the experts' fused distributions"),
+    "task_vector_transport": ("rival", "Theseus, BiCo: a donor's task vector transported onto the anchor"),
 }
 """Name -> (group, what it is). Rivals are added by `known`."""
+LACKING = {
+    "task_vector_transport": "it needs the donor's base model, and these experts were trained from scratch",
+}
+"""What no suite can run, and why."""
 
 
 @dataclass
@@ -69,6 +77,9 @@ class Bed(Protocol):
 
     def rival(self, method: Any) -> Outcome:
         """Run a rival in the fold's shape."""
+
+    def peer(self, name: str) -> Outcome:
+        """Run a method of mergekit on the experts' folders."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,11 @@ def known() -> dict[str, tuple[str, str]]:
     about = {
         name: (cls.__doc__ or importlib.import_module(cls.__module__).__doc__ or "") for name, cls in others.items()
     }
-    return METHODS | {n: ("rival", text.strip().split("\n")[0]) for n, text in about.items() if n not in METHODS}
+    return (
+        METHODS
+        | peer.METHODS
+        | {n: ("rival", text.strip().split("\n")[0]) for n, text in about.items() if n not in METHODS}
+    )
 
 
 def chosen(asked: Sequence[str] | None) -> list[str]:
@@ -124,23 +139,49 @@ def chosen(asked: Sequence[str] | None) -> list[str]:
 
 def run(bed: Bed, name: str) -> Outcome:
     """One method on a bed. Raises PreflightError where it cannot do the case."""
+    if name in LACKING:
+        raise PreflightError(LACKING[name])
     if name in METHODS:
         work = getattr(bed, name, None)
         if work is None:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
         return outcome
-    return bed.rival(rivals()[name]())
+    return bed.peer(name) if name in peer.METHODS else tuned(bed, rivals()[name])
+
+
+def tuned(bed: Bed, method: Any) -> Outcome:
+    """A rival at the best of its settings (`GRID`: options that differ from the defaults) by its worst skill.
+
+    The skills are measured on validation data, as `Outcome.extra["validation"]` has them: accuracy, or bits per byte
+    over the owner's. The time of all trials is the method's.
+    """
+    grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
+    up = 1 if bed.metric == "accuracy" else -1
+    made = [method(**options) for options in grid]
+    found = [bed.rival(one) for one in made]
+    for one, outcome in zip(made, found, strict=True):
+        outcome.tokens = getattr(one, "training_tokens", 0)
+    if len(grid) == 1:
+        return found[0]
+    scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]
+    best = max(range(len(grid)), key=scores.__getitem__)
+    said = ", ".join(f"{key} {value}" for key, value in grid[best].items()) or "its defaults"
+    found[best].notes = "; ".join(filter(None, (f"{said}, best of {len(grid)} by validation", found[best].notes)))
+    found[best].reused = max(outcome.reused for outcome in found)
+    return found[best]
 
 
 def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:
-    """A shape of at most the target's parameters that holds each expert: their largest width, heads and depth.
+    """A shape that holds each expert: their largest width, heads and depth, and what the budget leaves for neurons.
 
-    For controls and rivals that cannot go below an expert's sizes; what the budget leaves goes to neurons. One expert
-    keeps its head size. Raises PreflightError when the budget is too small.
+    For controls and rivals that cannot go below an expert's sizes. It has at most the target's parameters or, where
+    that holds no such shape, the least there is: in the method's favour. One expert keeps its head size.
     """
-    budget, width = planning.parameters(family, target), max(e.width for e in experts)
-    heads, ratio = max(e.heads for e in experts), target.heads // target.kv_heads
+    budget, heads = planning.parameters(family, target), max(e.heads for e in experts)
+    ratio = target.heads // target.kv_heads
+    heads = math.ceil(heads / ratio) * ratio
+    width = planning.allowed(family, max(e.width for e in experts), heads)
     base = replace(target, width=width, heads=heads, kv_heads=heads // ratio)
     if len(experts) == 1:
         [one] = experts
@@ -155,20 +196,25 @@ def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:
         neurons = rest // (planning.parameters(family, replace(empty, mlp=1)) - planning.parameters(family, empty))
         if neurons >= mlp:
             return replace(empty, mlp=neurons)
-    raise PreflightError(
-        f"{budget:,} parameters do not hold width {width}, {heads} heads and {mlp} neurons in {least} layers"
-    )
+    return replace(base, layers=least, mlp=mlp)
 
 
 def fitting(
     make: Callable[[Spec], Weights], target: Spec, holds: Sequence[Spec], family: Family
 ) -> tuple[Spec, Weights, str]:
-    """Make a model in the fold's shape or, where it cannot be, in another of no more parameters that holds `holds`."""
+    """Make a model in the fold's shape or, where it cannot be, in another that holds `holds`; and what to say of it.
+
+    Raises PreflightError where it cannot be made in that one either.
+    """
     try:
         return target, make(target), ""
     except PreflightError as error:
-        other = holding(family, holds, target)
-        return other, make(other), f"another shape of as many parameters ({error})"
+        other, why = holding(family, holds, target), str(error)
+    budget, given = (planning.parameters(family, spec) for spec in (target, other))
+    note = f"another shape of as many parameters ({why})"
+    if given > budget:
+        note = f"given {given:,} parameters, more than the fold's {budget:,}: no shape of so few holds the experts"
+    return other, make(other), note
 
 
 def merged_by(

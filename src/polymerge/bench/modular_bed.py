@@ -11,8 +11,9 @@ from torch import Tensor
 
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
-from polymerge.bench import modular, tokens
+from polymerge.bench import modular, peer, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
+from polymerge.bench.fuse import fused
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
 from polymerge.bench.train import Weights, initial
@@ -89,9 +90,7 @@ class ModularBed:
         found = {}
         for task in self.skills:
             rows = self.splits[task].train
-            owner = self.experts[self.owner[task]]
-            logits = [owner.logits(part[:, :3].to(self.device))[:, -1].cpu() for part in rows.split(1024)]
-            found[task] = Lesson(rows, torch.cat(logits))
+            found[task] = Lesson(rows, _answers(self.experts[self.owner[task]], rows, self.device))
         return found
 
     def shapes(self) -> tuple[Spec, ...]:
@@ -152,16 +151,17 @@ class ModularBed:
         return self._single(max(range(len(self.table)), key=lambda k: (min(self.table[k].values()), -k)))
 
     def anchor_distill(self) -> Outcome:
-        """The anchor in the fold's shape, or, where that is narrower, in one of as many parameters that holds it."""
-        folded, _ = self._folded()
+        """The anchor in the fold's shape, or in one that holds it."""
+        return self._distilled_anchor(self.lessons())
 
-        def padded(target: Spec) -> Weights:
-            return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
-
-        target, weights, note = fitting(padded, folded.target, [self.experts[0].spec], self.family)
-        outcome = self._distilled(target, weights)
-        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
-        return outcome
+    def fuse_distill(self) -> Outcome:
+        """The same from the experts' fused distributions."""
+        lessons = {}
+        for task, split in self.splits.items():
+            logits = torch.stack([_answers(e, split.train, self.device) for e in self.experts])
+            goal = fused(logits.log_softmax(-1)[:, :, None], split.train[:, 3:].clone())
+            lessons[task] = Lesson(split.train, goal[:, 0])
+        return self._distilled_anchor(lessons)
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
@@ -196,6 +196,12 @@ class ModularBed:
         outcome.notes = note
         return outcome
 
+    def peer(self, name: str) -> Outcome:
+        """The experts as they are."""
+        folder = peer.merge(name, [e.path for e in self.experts], self._scratch / name, seed=self.seed)
+        made = modular.opened(folder, self.device)
+        return Outcome(self._measured(made), made.parameters, table.size_of(made.spec))
+
     # ------------------------------------------------------------------ parts
 
     def _fold(self) -> tokens.FoldedTokens:
@@ -212,12 +218,30 @@ class ModularBed:
         scores = tokens.mixture_accuracy(self.experts, tests, weights)
         return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
 
-    def _distilled(self, target: Spec, weights: Weights, reused: tuple[float, float] = (0.0, 0.0)) -> Outcome:
+    def _distilled_anchor(self, lessons: Mapping[str, Lesson]) -> Outcome:
+        """The padded anchor, distilled."""
+        folded, _ = self._folded()
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, folded.target, [self.experts[0].spec], self.family)
+        outcome = self._distilled(target, weights, lessons=lessons)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        return outcome
+
+    def _distilled(
+        self,
+        target: Spec,
+        weights: Weights,
+        reused: tuple[float, float] = (0.0, 0.0),
+        lessons: Mapping[str, Lesson] | None = None,
+    ) -> Outcome:
         """Distil from the owners and measure; the controls are given the fold's shape for nothing."""
         settings = self.settings.distil
         self.progress(f"distil, {settings.steps} steps at {len(settings.lrs)} learning rates")
         done: Distilled = distil(
-            target, weights, self.lessons(), self.validation, settings, self.seed, device=self.device
+            target, weights, lessons or self.lessons(), self.validation, settings, self.seed, device=self.device
         )
         outcome = self._outcome(target, done.weights, reused=reused, extra={
             "curve": done.curve, "lr": done.lr, "lr_trials": done.trials, "best_step": done.best_step,
@@ -249,3 +273,8 @@ class ModularBed:
         more = {"validation": held, "step_val_acc_99": 0 if min(held.values()) > 0.99 else None}  # noqa: PLR2004
         parameters = plan.parameters(self.family, target)
         return Outcome(scores, parameters, table.size_of(target), reused=reused, extra=more | dict(extra or {}))
+
+
+def _answers(expert: Source, rows: Tensor, device: str) -> Tensor:
+    """An expert's logits at the third token (row, vocab)."""
+    return torch.cat([expert.logits(part[:, :3].to(device))[:, -1].cpu() for part in rows.split(1024)])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
-from polymerge.bench import modular, tokens
+from polymerge.bench import modular, peer, tokens
+from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
 from polymerge.bench.train import Weights
@@ -25,10 +26,12 @@ from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
+from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, heal
 from polymerge.merge import TEST_ROWS, VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
 from polymerge.methods import fold as folding
+from polymerge.methods._lift import llama_like
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -92,7 +95,7 @@ class TextBed:
             "protocol": case.protocol, "anchor": self.detail.anchor, "heal": asdict(self.detail),
             "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
         }  # fmt: skip
-        self._folded = Once(self._fold)
+        self._folded, self._translated = Once(self._fold), Once(self._translate)
 
     # ------------------------------------------------------------------ ours
 
@@ -136,16 +139,12 @@ class TextBed:
         return Outcome(scores, sum(self.expert_parameters.values()))
 
     def anchor_distill(self) -> Outcome:
-        """The anchor in the fold's shape, or in one of as many parameters that holds it."""
-        anchor = self.sources[self.detail.anchor]
+        """The anchor in the fold's shape, or in one that holds it."""
+        return self._distilled_anchor()
 
-        def padded(target: Spec) -> Weights:
-            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
-
-        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
-        outcome = self._distilled(lambda: load_student(self._saved("padded", target, weights)), target)
-        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
-        return outcome
+    def fuse_distill(self) -> Outcome:
+        """The same from the experts' fused distributions."""
+        return self._distilled_anchor(FusedTeacher([load_expert(s) for s in self.sources.values()]))
 
     def scratch_distill(self) -> Outcome:
         """Weights as transformers draws them."""
@@ -172,13 +171,27 @@ class TextBed:
         return self._plain_fold(experts, self.texts)
 
     def rival(self, method: Any) -> Outcome:
-        """In the fold's shape, on the fold's rows."""
-        names = list(self.sources)
-        rows = calibrate(self.recipe, self.sources, self.texts, self.tokenizer, judge=False)[0]
-        make = table.merged_by(method, list(self.sources.values()), names.index(self.detail.anchor), rows, self.seed)
-        target, weights, note = fitting(make, self._target(), [s.spec for s in self.sources.values()], self.family)
-        outcome = self._measured(load_student(self._saved("rival", target, weights)), target)
-        outcome.notes = note
+        """In the fold's shape, on the fold's rows; experts translated first where the method needs llama-like ones."""
+        note, reused = "", (0.0, 0.0)
+        try:
+            target, weights, shape = self._merged_by(method, self.sources)
+        except PreflightError:
+            if all(llama_like(s.spec) for s in self.sources.values()):
+                raise
+            (experts, note), reused = self._translated()
+            target, weights, shape = self._merged_by(method, experts)
+        model = load_student(self._saved("rival", target, weights))
+        outcome = self._measured(model, target)
+        outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
+        outcome.extra["validation"] = self._over(model)
+        return outcome
+
+    def peer(self, name: str) -> Outcome:
+        """The experts as they are."""
+        folder = peer.merge(name, [s.path for s in self.sources.values()], self.place / name, seed=self.seed)
+        made = Source(folder)
+        outcome = self._measured(load_student(folder), made.spec)
+        outcome.parameters = made.parameters
         return outcome
 
     # ------------------------------------------------------------------ parts
@@ -197,6 +210,33 @@ class TextBed:
         """The result's family."""
         return families.get(self._target().family)
 
+    def _merged_by(self, method: Any, experts: Mapping[str, Source]) -> tuple[Spec, Weights, str]:
+        """Shape, weights and note of a rival's merge."""
+        rows = calibrate(self.recipe, experts, self.texts, self.tokenizer, judge=False)[0]
+        make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
+        return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
+
+    def _translate(self) -> tuple[dict[str, Source], str]:
+        """The experts, each that is not llama-like folded alone into the result's family at its own size.
+
+        In the rivals' favour: none of them could merge it as it is.
+        """
+        experts, said = dict(self.sources), []
+        for name, source in self.sources.items():
+            if llama_like(source.spec):
+                continue
+            own, ratio = source.spec, self._target().heads // self._target().kv_heads
+            heads = math.ceil(own.heads / ratio) * ratio
+            width = plan.allowed(self.family, own.width + own.has_constants, heads)
+            shape = replace(
+                self._target(), layers=own.layers, width=width, heads=heads, kv_heads=heads // ratio, mlp=own.mlp
+            )
+            model, _ = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
+            score = bits_per_byte(load_student(model), self.test[name], device=self.device)
+            said.append(f"{name} translated from {own.family} by our fold alone first ({score:.4f})")
+            experts[name] = Source(model, device=self.device)
+        return experts, ", ".join(said)
+
     def _single(self, name: str) -> Outcome:
         source = self.sources[name]
         scores = {skill: row["experts"][name] for skill, row in self.table.items()}
@@ -204,19 +244,37 @@ class TextBed:
 
     def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
         """The fold of these experts into the chosen shape."""
+        folder, knobs = self._folded_alone(experts, skills, self._target())
+        outcome = self._measured(load_student(folder), self._target())
+        outcome.extra["knobs"] = knobs
+        return outcome
+
+    def _folded_alone(
+        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
+    ) -> tuple[Path, dict[str, float]]:
+        """A fold of these experts into one shape, nothing else tried: its folder and knobs."""
         texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
         parts: list[tuple[int | None, dict[str, Tensor]]] = []
-        target = self._target()
         done = folding.fold(
             list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
             emit=lambda _: lambda layer, some: parts.append((layer, some)),
         )  # fmt: skip
-        model = load_student(self._saved("plain", target, gathered(parts)))
-        outcome = self._measured(model, target)
-        outcome.extra["knobs"] = asdict(done.choice.knobs)
+        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs)
+
+    def _distilled_anchor(self, guide: Any = None) -> Outcome:
+        """The padded anchor, distilled."""
+        anchor = self.sources[self.detail.anchor]
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
+        folder = self._saved("padded", target, weights)
+        outcome = self._distilled(lambda: load_student(folder), target, guide)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
-    def _distilled(self, student: Callable[[], Any], target: Spec) -> Outcome:
+    def _distilled(self, student: Callable[[], Any], target: Spec, guide: Any = None) -> Outcome:
         """Heal at each learning rate; measure the best by validation."""
         settings = Heal(tokens=self.detail.heal_tokens)
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
@@ -226,7 +284,9 @@ class TextBed:
         for lr in self.detail.lrs:
             self.progress(f"distil at {lr:g}")
             model = student()
-            done = heal(model, teachers, rows, held, replace(settings, lr=lr), seed=self.seed, device=self.device)
+            done = heal(
+                model, teachers, rows, held, replace(settings, lr=lr), guide=guide, seed=self.seed, device=self.device
+            )
             runs.append((min(p.worst for p in done.curve), lr, model, done))
         _, lr, model, done = min(runs, key=lambda run: run[:2])
         outcome = self._measured(model, target)
@@ -247,6 +307,12 @@ class TextBed:
         folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
         tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
         return folder
+
+    def _over(self, model: Any) -> dict[str, float]:
+        """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""
+        rows = rows_of(self.texts, "validation", self.tokenizer, self.recipe.fold.length, VALIDATION_ROWS)
+        own = measure_experts(self.sources, rows, self.recipe.union.alpha, Quiet())
+        return {s: bits_per_byte(model, part, device=self.device) - own[s]["owner"] for s, part in rows.items()}
 
     def _measured(self, model: Any, target: Spec) -> Outcome:
         scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from polymerge.align import depth
+from polymerge.align.transport import plan
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import _check, _Padding
@@ -23,6 +24,11 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
+
+
+def llama_like(spec: Spec) -> bool:
+    """RMSNorm, rotary positions, gated MLP after the attention: what methods that align weights one to one need."""
+    return spec.norm == "rms" and spec.gated and not spec.parallel and bool(spec.frequencies)
 
 
 class Lifted:
@@ -34,7 +40,7 @@ class Lifted:
 
     def __init__(self, source: Source, target: Spec, *, absorb: bool = True) -> None:
         own = source.spec
-        if own.norm != "rms" or not own.gated or own.parallel or not own.frequencies:
+        if not llama_like(own):
             raise PreflightError(
                 f"{source.path}: {own.family} is not llama-like (RMSNorm, rotary positions, gated MLP), and this method"
                 " aligns weights one to one: leave the expert out, or use the fold"
@@ -124,6 +130,14 @@ def hold(expert: Lifted, target: Spec) -> None:
                 f"{expert.source.path}: {what}: {own} do not fit into the target's {room}, and this method only pads;"
                 " choose a larger size, or the fold"
             )
+
+
+def plan_of(cost: Tensor, epsilon: float) -> Tensor:
+    """A transport plan; PreflightError where the exact one (epsilon 0) is out of reach."""
+    try:
+        return plan(cost, epsilon)
+    except ValueError as error:
+        raise PreflightError(f"epsilon: {epsilon}: {error}") from None
 
 
 def rows_of_all(texts: Calibration, limit: int) -> Int[Tensor, "row time"]:

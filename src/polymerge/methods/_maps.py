@@ -161,25 +161,39 @@ def average(parts: Sequence[tuple[float, Weights]], target: Spec, like: Tensor, 
     `add`: readers are summed as well, for maps that carry the shares themselves (ZipIt).
     """
     out = blank(target, like)
-    used = [(w, part, used_rows(part, target)) for w, part in parts if w > 0]
+    used = [(w, part) for w, part in parts if w > 0]
     if not used:
         return out
+    say = row_shares(used, target)
     for name, empty in out.items():
         role = name.split(".")[0]
         if role in ("o", "down"):
-            out[name] = sum((w * part[name] for w, part, _ in used), torch.zeros_like(empty))
+            out[name] = sum((w * part[name] for w, part in used), torch.zeros_like(empty))
         elif "norm" in role:
-            total = sum(w for w, _, _ in used)
-            out[name] = sum((w / total * part[name] for w, part, _ in used), torch.zeros_like(empty))
+            total = sum(w for w, _ in used)
+            out[name] = sum((w / total * part[name] for w, part in used), torch.zeros_like(empty))
         elif add:
-            out[name] = sum((part[name] for _, part, _ in used), torch.zeros_like(empty))
+            out[name] = sum((part[name] for _, part in used), torch.zeros_like(empty))
         else:
-            weight = sum((w * has[role] for w, _, has in used), torch.zeros_like(used[0][2][role]))
             shape = (-1, *[1] * (empty.dim() - 1))
             out[name] = sum(
-                (part[name] * (w * has[role] / weight.clamp_min(1e-30)).view(shape) for w, part, has in used),
+                (part[name] * share[role].view(shape) for (_, part), share in zip(used, say, strict=True)),
                 torch.zeros_like(empty),
             )
+    return out
+
+
+def row_shares(parts: Sequence[tuple[float, Weights]], target: Spec) -> list[dict[str, Tensor]]:
+    """Each expert's say in every row of every map of a layer, by role: of a reader's row, among those that use it."""
+    used = [used_rows(part, target) for _, part in parts]
+    out: list[dict[str, Tensor]] = []
+    for (w, part), has in zip(parts, used, strict=True):
+        ones = part["o.weight"].new_ones(target.width)
+        say = {"o": w * ones, "down": w * ones}
+        for role, mine in has.items():
+            total = sum((v * rows[role] for (v, _), rows in zip(parts, used, strict=True)), torch.zeros_like(mine))
+            say[role] = w * mine / total.clamp_min(1e-30)
+        out.append(say)
     return out
 
 

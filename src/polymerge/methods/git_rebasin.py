@@ -12,7 +12,7 @@ Recovers permutations; not signs or rotations, which an RMSNorm stream allows to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from polymerge.model.spec import Spec
 @dataclass(frozen=True)
 class Method:
     """Permutation matching, then averaging. `match` as above; `sweeps` of weight matching at most; `rows` of text."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"match": "activations"})
 
     weights: tuple[float, ...] = ()
     match: Literal["weights", "activations"] = "weights"

@@ -15,6 +15,7 @@ permutations (exactly for ε = 0; blurred otherwise); not signs or rotations.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.align.matching import assign
 from polymerge.calibrate.calibration import Calibration
-from polymerge.methods._lift import Lifted, Walk, hold, lift, rows_of_all, shares
+from polymerge.methods._lift import Lifted, Walk, hold, lift, plan_of, rows_of_all, shares
 from polymerge.methods._maps import LayerMaps, Stream
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods.linear import padded
@@ -35,6 +36,8 @@ from polymerge.model.spec import Spec
 @dataclass(frozen=True)
 class Method:
     """Optimal transport on activations. `epsilon`: Sinkhorn's regularisation, 0 for exact plans; `rows` of text."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"epsilon": 0.2}, {"epsilon": 0.02})
 
     weights: tuple[float, ...] = ()
     epsilon: float = 0.06
@@ -64,7 +67,7 @@ def transported(
 ) -> tuple[Stream, dict[int, LayerMaps]]:
     """The stream of an expert, and its maps in the layers that both have."""
     walk, device, size = Walk([anchor, other], tokens), anchor.source.device, target.head_size
-    plans = [transport.plan(1 - _boundary(walk), epsilon)]
+    plans = [plan_of(1 - _boundary(walk), epsilon)]
     maps: dict[int, LayerMaps] = {}
     for host in range(target.layers):
         hidden = Correlation(other.spec.mlp, anchor.spec.mlp, device)
@@ -74,9 +77,9 @@ def transported(
             if both := len(traces) > 1:
                 hidden.add(traces[1].hidden, traces[0].hidden)
                 mixed.add(traces[1].mixed, traces[0].mixed)
-        plans.append(transport.plan(1 - _boundary(walk), epsilon))
+        plans.append(plan_of(1 - _boundary(walk), epsilon))
         if both:
-            coupling = transport.plan(1 - hidden.matrix(), epsilon)
+            coupling = plan_of(1 - hidden.matrix(), epsilon)
             mean = _columns(transport.mean_map(coupling), target.mlp)
             share = _columns(transport.share_map(coupling), target.mlp)
             heads = _heads(1 - mixed.matrix(), target, epsilon)
@@ -104,7 +107,7 @@ def _heads(cost: Tensor, target: Spec, epsilon: float) -> dict[str, Tensor]:
     """Maps of q, k, v, o from the cost between head outputs (other head·hd, anchor head·hd)."""
     size, ratio = target.head_size, target.heads // target.kv_heads
     blocks = cost.view(len(cost) // size, size, -1, size).transpose(1, 2)
-    each = (blocks * transport.plan(blocks, epsilon)).sum((2, 3))
+    each = (blocks * plan_of(blocks, epsilon)).sum((2, 3))
     n, m = (heads // ratio for heads in each.shape)
     orders, means = {}, []
     for i in range(n):
@@ -113,8 +116,8 @@ def _heads(cost: Tensor, target: Spec, epsilon: float) -> dict[str, Tensor]:
             orders[i, j] = assign(-inside)
             means.append(torch.stack([blocks[i * ratio + a, j * ratio + b] for a, b in orders[i, j]]).mean(0))
     average = torch.stack(means)
-    values = transport.plan(average, epsilon)
-    group = transport.plan((average * values).sum((1, 2)).view(n, m), epsilon)
+    values = plan_of(average, epsilon)
+    group = plan_of((average * values).sum((1, 2)).view(n, m), epsilon)
     mean, share, inside = transport.mean_map(group), transport.share_map(group), transport.mean_map(values)
     eye = torch.eye(size, dtype=cost.dtype, device=cost.device)
     out = {

@@ -11,6 +11,7 @@ the identity there: zero writers.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ from polymerge.model.spec import Spec
 @dataclass(frozen=True)
 class Method:
     """RegMean++ after `orthogonal`. `damping`: of G's off-diagonal entries; `ridge` λ relative to its mean diagonal."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"damping": 0.5}, {"damping": 0.1})
 
     weights: tuple[float, ...] = ()
     damping: float = 0.9

@@ -17,6 +17,7 @@ pairs and heads are not respected by the transport. The anchor must be llama-lik
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, hold, rows_of_all
+from polymerge.methods._lift import Lifted, hold, plan_of, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods.linear import padded
@@ -40,6 +41,8 @@ MAPS = {"q": "normed", "k": "normed", "v": "normed", "o": "mixed"}
 @dataclass(frozen=True)
 class Method:
     """Transport and Merge. `alpha`: the donors' share; `epsilon`: of both Sinkhorns, 0 for exact plans."""
+
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"rescale": True, "alpha": 0.1}, {"rescale": True, "alpha": 0.3})
 
     alpha: float = 0.01
     epsilon: float = 0.1
@@ -111,9 +114,9 @@ class Method:
             costs = torch.zeros(anchor.spec.layers, donor.spec.layers, dtype=torch.float64)
             for i, j in torch.cartesian_prod(*(torch.arange(n) for n in costs.shape)).view(-1, 2).tolist():
                 cost = 1 - moments[kind, i, j].matrix()
-                plans[kind, i, j] = transport.plan(cost, self.epsilon)
+                plans[kind, i, j] = plan_of(cost, self.epsilon)
                 costs[i, j] = float((cost * plans[kind, i, j]).sum())
-            layers[kind] = transport.plan(costs, self.epsilon)
+            layers[kind] = plan_of(costs, self.epsilon)
         return plans, layers
 
 
