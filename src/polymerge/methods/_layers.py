@@ -243,12 +243,19 @@ class LayerFold:
 
     # ------------------------------------------------------------------------------------------ writers
 
-    def goal(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What expert k's slice should hold now (row, time, slice), and the weight of each position."""
+    def goal(self, k: int, rows: Tensor, *, fitted: bool = True) -> tuple[Tensor, Tensor]:
+        """What expert k's slice should hold now (row, time, slice), and the weight of each position.
+
+        `fitted`: rows held out have no weight; else all have theirs, to measure by.
+        """
         owned = self.texts.owned[k][rows].to(self.device)
         goal = self.current[k][rows].to(self.device) @ self.encoders[k][:, self.slices[k]].to(self.device)
-        quiet = self.knobs.mute * (1 - owned) * self.texts.fit[rows, None].to(owned)
-        return goal * owned[..., None], self.weight[k][rows].to(owned) + quiet
+        quiet = self.knobs.mute * (1 - owned)
+        if fitted:
+            quiet = quiet * self.texts.fit[rows, None].to(owned)
+            return goal * owned[..., None], self.weight[k][rows].to(owned) + quiet
+        agree = (self.texts.owner[rows] == k).to(owned)[:, None]
+        return goal * owned[..., None], owned * (0.5 + 0.5 * agree) + quiet
 
     def writers(self, features: Features, inputs: int) -> list[Moments]:
         """Per expert: moments from hidden features onto what its slice still lacks.
