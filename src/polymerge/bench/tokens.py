@@ -38,8 +38,8 @@ Tried = Callable[[Spec, Knobs, tuple[float, ...]], list[float]]
 class TokenFold:
     """Rows an expert for the basis and for trials; refinement of `steps` of `rows` rows a block.
 
-    A shape that cuts much away gains from a high rate (half of one expert's width, heads and neurons: 0.934 in closed form,
-    0.990 at 2e-4, 0.997 at 1e-3); an exact solution would be ruined by it, which `_refine.block` takes back.
+    A shape that cuts much away gains from a high rate (half of one expert's width, heads and neurons: 0.934 in closed
+    form, 0.990 at 2e-4, 0.997 at 1e-3); an exact solution would be ruined by it, which `_refine.block` takes back.
     """
 
     basis_rows: int = 2048
