@@ -136,6 +136,16 @@ def test_refinement_lowers_the_held_out_loss(save_model, tmp_path):
     assert divergence(refined, pair, data) < divergence(plain, pair, data)
 
 
+def test_refinement_at_a_ruinous_rate_leaves_an_exact_fold_as_it_is(save_model, tmp_path):
+    one = expert(save_model, tmp_path / "a")
+    family, (target,) = shape([one])
+    data = texts(1)
+    logits = [
+        folded_logits([one], family, target, data, refine=Refine(steps=n, lr=0.1, head_steps=0))[0] for n in (0, 10)
+    ]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("target_family", plan.TARGETS)
 @pytest.mark.parametrize("source_family", families.names())
 def test_every_family_folds_into_every_target(source_family, target_family, save_model, tmp_path):

@@ -76,8 +76,7 @@ class Settings:
 PROFILES = {
     "quick": Settings(distil=Distil(steps=60, lrs=(3e-4, 1e-3))),
     "full": Settings(
-        training=Training(enough=None),
-        fold=TokenFold(refine=Refine(steps=400, rows=512, lr=2e-4, head_steps=100)),
+        fold=TokenFold(refine=Refine(steps=400, rows=512, lr=2e-3, head_steps=100)),
     ),
 }
 
@@ -90,7 +89,7 @@ def expert(task: str, shape: str) -> ExpertPlan:
 def cases(profile: str) -> list[Case]:
     """The cases of a profile, cheap ones first."""
     if profile == "quick":
-        tasks, kinds, pairs = ["x_plus_y"], ["all"], [("x_div_y", "x_plus_y")]
+        tasks, kinds, pairs = ["x_plus_y"], ["layers"], [("x_div_y", "x_plus_y")]
     else:
         tasks, kinds = list(TASKS), list(RUNS)
         pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]

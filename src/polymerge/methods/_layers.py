@@ -77,10 +77,11 @@ class LayerFold:
         self.current: list[Tensor] = []
         self.before_attention: list[Tensor] = []
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
-        self.weight = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None]) * texts.fit[None, :, None]
+        self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
         for k in range(len(experts)):
             if (foreign := texts.reading(k)) is not None:  # inside its tokens an expert has no state to aim at
-                self.weight[k] *= foreign[0].exact
+                self.say[k] *= foreign[0].exact
+        self.weight = self.say * texts.fit[None, :, None]
 
     @torch.no_grad()
     def run(self, emit: Emit) -> list[float]:
@@ -253,13 +254,19 @@ class LayerFold:
 
     # ------------------------------------------------------------------------------------------ writers
 
-    def goal(self, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What expert k's slice should hold now (row, time, slice), and the weight of each position."""
+    def goal(self, k: int, rows: Tensor, *, fitted: bool = True) -> tuple[Tensor, Tensor]:
+        """What expert k's slice should hold now (row, time, slice), and the weight of each position.
+
+        `fitted`: rows held out have no weight; else all have theirs, to measure by.
+        """
         owned = self.texts.owned[k][rows].to(self.device)
         state = self._paired(k, rows, self.current[k][rows].to(self.device), self.texts.tokens.shape[1])
         goal = state @ self.encoders[k][:, self.slices[k]].to(self.device)
-        quiet = self.knobs.mute * (1 - owned) * self.texts.fit[rows, None].to(owned)
-        return goal * owned[..., None], self.weight[k][rows].to(owned) + quiet
+        quiet = self.knobs.mute * (1 - owned)
+        if fitted:
+            quiet = quiet * self.texts.fit[rows, None].to(owned)
+        weight = (self.weight if fitted else self.say)[k][rows].to(owned)
+        return goal * owned[..., None], weight + quiet
 
     def writers(self, features: Features, inputs: int) -> list[Moments]:
         """Per expert: moments from hidden features onto what its slice still lacks.
