@@ -29,6 +29,8 @@ from polymerge.align.token_bytes import ByteView
 from polymerge.align.vocab import VocabMap, shared, vocab_map
 
 FLOOR = 1e-3
+REMEMBERED = 4096
+"""Beginnings of tokens whose continuations are kept."""
 LEAST, MOST = 1e-30, 1 - 1e-6
 
 
@@ -189,6 +191,8 @@ class Translator:
             pieces = cut(self.anchor, (rest for _, rest in found))
             pairs = [(i, piece[0]) for (i, _), piece in zip(found, pieces, strict=True) if piece]
             table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
             self._known[read] = (table[:, 0], table[:, 1])
         return self._known[read]
 
