@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -481,6 +482,9 @@ def built(folder, out, families, **settings):
 @pytest.fixture(autouse=True)
 def _remote_code_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # The package of the test before looks for siblings of a module in that test's folder.
+    for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_built_checkpoint_holds_every_family_exactly(tmp_path):
