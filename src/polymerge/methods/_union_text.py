@@ -1,15 +1,17 @@
 """Experts of a union whose tokenizer is not the anchor's: they read bytes, and predict the anchor's tokens.
 
-A donor reads the row's bytes s, cut by its own tokenizer into d_1..d_j. Its next tokens w that cover s,
+A donor reads the row's bytes s as a beam of heads, which is exact up to what the beam drops (Phan et al. 2024;
+Vieira et al. 2024; `polymerge.align.byte_lm` is the reference). A head is a sequence of the donor's tokens that
+spells s but for the bytes pending at its end, and the next token w must begin with those and go on:
 
-    from each boundary i of the last ones:   P(d_1..d_i) p(w | d_1..d_i),   w begins with the bytes after i,
+    mass of (head, w) = P(head's tokens) p(w | head's tokens)
 
-are the covering sequences of Phan et al. (2024) along the canonical cut; so " the" read so far may go on as
-" there". Their masses are normalised, and what w holds beyond s, the remainder r, says which anchor tokens fit:
-the first token of the anchor's cut of r, and all anchor tokens that begin with r and are longer. A mass is shared
-among those that fit as the anchor-tokenizer experts predict them: a donor with shorter tokens says how the
-anchor's token begins, the anchor how it goes on. The result is a distribution over the anchor's tokens that
-depends on nothing but what was read. `FLOOR` of it is the anchor's own prediction, so that nothing is impossible.
+So " the" read so far may go on as " there". The masses are normalised, and what w holds beyond s, the remainder
+r, says which anchor tokens fit: the first token of the anchor's cut of r, and those longer than r that the donor
+would begin with this very w. A mass is shared among those that fit as the experts with the anchor's tokenizer
+predict them: a donor with shorter tokens says how the anchor's token begins, the anchor how it goes on. The
+result is a distribution over the anchor's tokens that depends on nothing but what was read. `FLOOR` of it is the
+anchor's own prediction, so that nothing is impossible.
 
 Where a donor cannot speak (nothing read and no token to begin with, a longer text than its positions hold) its
 prediction is the anchor's.
@@ -21,8 +23,10 @@ bytes, scores in nats. V: the anchor's tokens, D: the donor's.
 import bisect
 import copy
 import json
+import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +36,8 @@ from transformers import DynamicCache
 
 FLOOR = 1e-3  # share of a donor's prediction that is the anchor's
 EVEN = 1e-3  # share of the anchor's prediction that is even where it shares out a donor's mass
-HEADS = 8  # boundaries looked back at; a token that covers more of the donor's own tokens is rare
+LIGHT = 1e-3  # heads with less than this share of the heaviest one's mass are dropped
+HEADS = 8  # heads kept
 REMEMBERED = 4096  # remainders whose fitting tokens are kept
 
 
@@ -66,41 +71,29 @@ class Vocabulary:
             return low, len(self.texts)
         return low, bisect.bisect_left(self.texts, stripped[:-1] + bytes([stripped[-1] + 1]))
 
-    def encode(self, data: bytes) -> tuple[list[int], bytes]:
-        """Token ids of a text, and the bytes they spell: the text, perhaps with a space in front.
-
-        Bytes that are not UTF-8 (a character's first bytes, so far) become single-byte tokens.
-        """
+    def encode(self, data: bytes) -> list[int]:
+        """Token ids of a text. Bytes that are not UTF-8 become single-byte tokens."""
         ids: list[int] = []
-        spelt = b""
         while data:
             try:
-                text, bad, rest = data.decode(), b"", b""
+                text, bad, data = data.decode(), b"", b""
             except UnicodeDecodeError as error:
-                text, bad, rest = data[: error.start].decode(), data[error.start : error.end], data[error.end :]
-            found = self._ids(text) if text else []
-            ids += found
-            spelt += self._spelt(found)
-            ids += [self.single[b] for b in bad if b in self.single]
-            spelt += bytes(b for b in bad if b in self.single)
-            data = rest
-        return ids, spelt
+                text, bad, data = data[: error.start].decode(), data[error.start : error.end], data[error.end :]
+            ids += [*(self._ids(text) if text else []), *(self.single[b] for b in bad if b in self.single)]
+        return ids
 
     def first(self, data: bytes) -> int | None:
-        """The first token of these bytes as they are cut in the middle of a text."""
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            if self.kind != "byte-level" and error.start == 0:
+        """The first token of these bytes as the tokenizer's model cuts them in the middle of a text.
+
+        The model alone: rules that split a text look at what follows ("\\n   " is cut otherwise at the end of a
+        text than before a word), and nothing is known to follow here.
+        """
+        if self.kind == "byte-level":
+            written = "".join(self.alphabet[b] for b in data)
+        else:
+            written = data.decode(errors="ignore").replace(" ", self.space)
+            if not written or not data.startswith(written[0].replace(self.space, " ").encode()):
                 return self.single.get(data[0])
-            text = data[: error.start].decode()
-            if self.kind == "byte-level":
-                text = "".join(self.alphabet[b] for b in data)
-                found = [t.id for t in self.backend.model.tokenize(text)]
-                return self._known(found)
-        if self.kind == "byte-level" and not self.dummy:
-            return self._known(self._ids(text))
-        written = "".join(self.alphabet[b] for b in data) if self.kind == "byte-level" else text.replace(" ", self.space)
         return self._known([t.id for t in self.backend.model.tokenize(written)])
 
     def _known(self, ids: Sequence[int]) -> int | None:
@@ -119,15 +112,11 @@ class Projection:
 
     def __init__(self, anchor: Vocabulary, donor: Vocabulary, size: int) -> None:
         self.anchor, self.donor, self.size = anchor, donor, size
-        self.order = torch.tensor(anchor.order, dtype=torch.int64)
+        self.donor_order = torch.tensor(donor.order, dtype=torch.int64)
         self.even = torch.zeros(size, dtype=torch.float64)
-        self.even[self.order] = 1 / max(len(anchor.order), 1)
+        self.even[torch.tensor(anchor.order, dtype=torch.int64)] = 1 / max(len(anchor.order), 1)
         self.special = self._specials()
         self.known: dict[bytes, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def to_donor(self, token: int) -> int | None:
-        """The donor's token for a special token of the anchor."""
-        return self.special.get(token)
 
     def fits(self, pending: bytes) -> tuple[Tensor, Tensor, Tensor]:
         """Which anchor tokens fit which donor tokens, when the donor's next one covers the pending bytes.
@@ -185,82 +174,118 @@ class Projection:
         return {i: j for i, j in pairs.items() if i < self.size}
 
 
+@dataclass(frozen=True)
+class Head:
+    """A way to spell what was read: donor tokens, the bytes pending after them, and what the donor says next.
+
+    score: log-probability of the tokens, up to a constant of the row. scores (D,): of the next token; in_order:
+    the same in byte order.
+    """
+
+    ids: tuple[int, ...]
+    score: float
+    pending: bytes
+    scores: Tensor
+    in_order: Tensor
+
+
 class Reader:
-    """One donor reading one row: its tokens, its KV cache, and what it predicted after each token."""
+    """One donor reading one row: a beam of heads, and one KV cache that goes back to where they part."""
 
     def __init__(self, projection: Projection) -> None:
-        self.projection, self.cache = projection, DynamicCache()
-        self.closed = list(projection.donor.lead)  # ids before the text that is still growing
-        self.text, self.read = b"", 0
-        self.ids: list[int] = []
-        self.scores: list[Tensor | None] = [None]  # after i tokens
-        self.sums = [0.0]
-        self.full = False
+        self.projection, self.donor = projection, projection.donor
+        self.cache, self.cached = DynamicCache(), list[int]()
+        self.heads: list[Head] = []
+        self.closed = tuple(self.donor.lead)  # ids before the text that is being read
+        self.text, self.read, self.full = b"", 0, False
 
     def take(self, model: Any, token: int) -> None:
         """Read one token of the anchor."""
-        p = self.projection
-        data = p.anchor.tokens[token] if token < len(p.anchor.tokens) else None
+        anchor = self.projection.anchor
+        data = anchor.tokens[token] if token < len(anchor.tokens) else None
+        if not self.heads and not self.read:
+            self._begin(model)
         if data is None:
-            twin = p.to_donor(token)
-            # A text's first token may be the anchor's own mark of a beginning; the donor has put its own.
-            if self.read or not self.closed:
-                self.closed += p.donor.encode(self.text)[0] + ([] if twin is None else [twin])
-            self.text = b""
+            twin = self.projection.special.get(token)
+            # A row may begin with the anchor's own mark of a beginning: the donor has put its own.
+            if twin is not None and (self.read or not self.closed):
+                self.closed = (*self._spelt(), twin)
+                self._begin(model)
         else:
-            drop = not self.text and p.anchor.dummy and data.startswith(b" ")
-            self.text += data[drop:]
+            for byte in data[not self.text and anchor.dummy and data.startswith(b" ") :]:
+                self.text += bytes([byte])
+                self.heads = self._step(model, byte)
+            if self.text and not self.heads:
+                self._begin_again(model)
         self.read += 1
-        self._advance(model)
 
     def predict(self, prior: Tensor) -> Tensor:
         """Log-probabilities (V,) of the anchor's next token; `prior` (V,): what the anchor predicts."""
-        if self.full:
+        if self.full or not self.heads:
             return prior.double()
-        spelt = b"".join(self.projection.donor.tokens[i] or b"" for i in self.ids[len(self.closed) :])
-        if spelt not in (self.text, b" " + self.text):  # normalised text: only what follows it is known
-            spelt = b""
-            where = [len(self.ids)]
-        elif not self.text and self.projection.donor.dummy:
-            spelt, where = b" ", [len(self.ids)]
-        else:
-            where = list(range(len(self.ids), max(len(self.closed) - 1, len(self.ids) - HEADS), -1))
-        heads, pending = [], b" " if not self.text and spelt else b""
-        for at in where:
-            if at < len(self.ids):
-                pending = (self.projection.donor.tokens[self.ids[at]] or b"") + pending
-            if len(pending) >= self.projection.donor.longest:
-                break
-            scores = self.scores[at]
-            if scores is not None:
-                heads.append((self.sums[at], pending, scores))
-        return self.projection(heads, prior) if heads else prior.double()
+        return self.projection([(h.score, h.pending, h.scores) for h in self.heads], prior)
 
-    def _advance(self, model: Any) -> None:
-        ids = self.closed + self.projection.donor.encode(self.text)[0]
+    def _begin(self, model: Any) -> None:
+        """The next text begins, after the closed ids."""
+        self.text = b""
+        self.heads = self._evaluate(model, [(self.closed, 0.0)]) if self.closed else []
+        if self.donor.dummy and self.heads:
+            self.heads = self._step(model, ord(" "))
+
+    def _begin_again(self, model: Any) -> None:
+        """Nothing spells the text, or nothing stood before it: go on after the tokenizer's own cut."""
+        ids = (*self.closed, *self.donor.encode(self.text))
+        self.heads = self._evaluate(model, [(ids, 0.0)]) if ids else []
+
+    def _spelt(self) -> tuple[int, ...]:
+        whole = [h for h in self.heads if not h.pending]
+        return max(whole, key=lambda h: h.score).ids if whole else (*self.closed, *self.donor.encode(self.text))
+
+    def _step(self, model: Any, byte: int) -> list[Head]:
+        """The heads one byte later: those that still cover it, and those whose token the byte completes."""
+        kept: list[tuple[float, Head]] = []
+        ended: list[tuple[tuple[int, ...], float]] = []
+        for head in self.heads:
+            pending = head.pending + bytes([byte])
+            low, high = self.donor.range(pending)
+            place = low - 1
+            while place >= 0 and self.donor.texts[place] == pending:
+                ended.append(((*head.ids, self.donor.order[place]), head.score + float(head.in_order[place])))
+                place -= 1
+            if low < high:
+                mass = head.score + float(head.in_order[low:high].logsumexp(0))
+                kept.append((mass, replace(head, pending=pending)))
+        scores = sorted([mass for mass, _ in kept] + [score for _, score in ended], reverse=True)
+        if not scores:
+            return []
+        least = max(scores[0] + math.log(LIGHT), scores[:HEADS][-1])
+        heads = [head for mass, head in kept if mass >= least]
+        heads += self._evaluate(model, [(ids, score) for ids, score in ended if score >= least])
+        return [replace(head, score=head.score - scores[0]) for head in heads]
+
+    def _evaluate(self, model: Any, sequences: list[tuple[tuple[int, ...], float]]) -> list[Head]:
+        """Ask the donor what follows each token sequence."""
+        out: list[Head] = []
         limit = getattr(model.config, "max_position_embeddings", None)
-        self.full = self.full or (limit is not None and len(ids) > limit)
-        same = next((i for i, (a, b) in enumerate(zip(ids, self.ids, strict=False)) if a != b), min(len(ids), len(self.ids)))
-        if self.full or (same == len(ids) == len(self.ids)):
-            return
-        if same < len(self.ids):
-            self.cache.crop(-(len(self.ids) - same))
-            del self.scores[same + 1 :], self.sums[same + 1 :], self.ids[same:]
-        new = ids[same:]
-        if not new:
-            return
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            logits = model(torch.tensor([new], device=device), past_key_values=self.cache, use_cache=True).logits[0]
-        logits = logits[:, : len(self.projection.donor.tokens)]
-        rows = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1).cpu()
-        for token, row in zip(new, rows, strict=True):
-            before = self.scores[-1]
-            self.sums.append(self.sums[-1] + (0.0 if before is None else float(before[token])))
-            self.scores.append(row)
-        self.ids = ids
-        for at in range(max(0, len(ids) - 4 * HEADS)):  # never looked back at
-            self.scores[at] = None
+        for ids, score in sequences:
+            if limit is not None and len(ids) > limit:
+                self.full = True
+                return []
+            same = next(
+                (i for i, (a, b) in enumerate(zip(ids, self.cached, strict=False)) if a != b),
+                min(len(ids), len(self.cached)),
+            )
+            same = min(same, len(ids) - 1)  # the last token is read again: only the cache was kept
+            if same < len(self.cached):
+                self.cache.crop(same - len(self.cached))
+            new = torch.tensor([ids[same:]], device=next(model.parameters()).device)
+            with torch.no_grad():
+                logits = model(new, past_key_values=self.cache, use_cache=True).logits[0, -1]
+            self.cached = list(ids)
+            logits = logits[: len(self.donor.tokens)].cpu().double()
+            scores = torch.log_softmax(logits, -1)
+            out.append(Head(ids, score, b"", scores, scores[self.projection.donor_order]))
+        return out
 
 
 class Readers:
@@ -291,5 +316,4 @@ class Readers:
 def _copy(reader: Reader) -> Reader:
     out = copy.copy(reader)
     out.cache = copy.deepcopy(reader.cache)
-    out.closed, out.ids, out.scores, out.sums = list(reader.closed), list(reader.ids), list(reader.scores), list(reader.sums)
     return out

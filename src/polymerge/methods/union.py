@@ -177,8 +177,9 @@ def _table(tokenizer: Any) -> bytes:
 
 
 def _lead(view: ByteView) -> list[int]:
-    """What the tokenizer itself puts before a text."""
-    return [view.roles["bos"]] if adds_bos(view.tokenizer) else []
+    """The token that comes before a text: the beginning token if the tokenizer puts one, else the end token."""
+    wanted = ("bos", "eos") if adds_bos(view.tokenizer) else ("eos", "bos")
+    return [view.roles[role] for role in wanted if role in view.roles][:1]
 
 
 def stored_names(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
