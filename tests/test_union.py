@@ -482,7 +482,8 @@ def built(folder, out, families, **settings):
 @pytest.fixture(autouse=True)
 def _remote_code_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    # The package of the test before looks for siblings of a module in that test's folder.
+    # Else a module would look for its siblings in the folder of the test before.
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).name != "modules"])
     for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)
 

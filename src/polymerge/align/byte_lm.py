@@ -93,7 +93,9 @@ class ByteModel:
             at = len(head.pending)
             while low < high:
                 byte = self.texts[low][at]
-                last = bisect.bisect_left(self.texts, head.pending + bytes([byte + 1]), low, high) if byte < 255 else high
+                last = (
+                    bisect.bisect_left(self.texts, head.pending + bytes([byte + 1]), low, high) if byte < 255 else high
+                )
                 parts[byte].append(head.score + float(head.sorted_scores[low:last].logsumexp(0)))
                 low = last
             if not head.pending and self.end is not None:

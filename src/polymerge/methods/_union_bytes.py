@@ -104,10 +104,10 @@ def score_union(
 
 @dataclass(frozen=True)
 class _Window:
-    """ids[k]: tokens of tokenizer k; ends[k] (chunks,): how many of them end each chunk; bytes: scored."""
+    """ids[k] (tokens,): of tokenizer k; ends[k] (chunks,): how many of them end each chunk; bytes: scored."""
 
-    ids: list[Int64[Tensor, " token"]]
-    ends: list[Int64[Tensor, " chunk"]]
+    ids: list[Tensor]
+    ends: list[Tensor]
     bytes: int
 
 
@@ -140,7 +140,7 @@ def _windows(views: Sequence[ByteView], text: str, length: int, skip: int) -> It
         first = last
 
 
-def _common(all_bounds: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, " common"]:
+def _common(all_bounds: Sequence[Tensor]) -> Int64[Tensor, " common"]:
     """Byte positions that are a token boundary for everybody, ascending."""
     common = torch.unique(all_bounds[0])
     for bounds in all_bounds[1:]:

@@ -36,7 +36,7 @@ from transformers import DynamicCache
 
 FLOOR = 1e-3  # share of a donor's prediction that is the anchor's
 EVEN = 1e-3  # share of the anchor's prediction that is even where it shares out a donor's mass
-LIGHT = 1e-3  # heads with less than this share of the heaviest one's mass are dropped
+LIGHT = 1e-4  # heads with less than this share of the heaviest one's mass are dropped
 HEADS = 8  # heads kept
 REMEMBERED = 4096  # remainders whose fitting tokens are kept
 
