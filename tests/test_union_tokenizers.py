@@ -177,9 +177,8 @@ def test_nothing_is_looked_up_ahead(names):
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_cached_decoding_is_the_whole(names):
     union, ids = union_of(*names, alpha=0.02), ids_of(names[0], "there 12 cats\n  🎉")
-    whole, cache, out = union(ids), union.new_cache(), []
-    for part in ids.split(3, dim=1):
-        out.append(union(part, past_key_values=cache).logits)
+    whole, cache = union(ids), union.new_cache()
+    out = [union(part, past_key_values=cache).logits for part in ids.split(3, dim=1)]
     torch.testing.assert_close(torch.cat(out, 1), whole.logits, atol=1e-9, rtol=1e-9)
 
 

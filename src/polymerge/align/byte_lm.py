@@ -93,9 +93,8 @@ class ByteModel:
             at = len(head.pending)
             while low < high:
                 byte = self.texts[low][at]
-                last = (
-                    bisect.bisect_left(self.texts, head.pending + bytes([byte + 1]), low, high) if byte < 255 else high
-                )
+                after = _after(head.pending + bytes([byte]))
+                last = high if after is None else bisect.bisect_left(self.texts, after, low, high)
                 parts[byte].append(head.score + float(head.sorted_scores[low:last].logsumexp(0)))
                 low = last
             if not head.pending and self.end is not None:
@@ -126,9 +125,14 @@ class ByteModel:
         """Places low..whole of tokens that are the pending bytes, whole..high of those that go on after them."""
         low = bisect.bisect_left(self.texts, pending)
         whole = bisect.bisect_right(self.texts, pending)
-        stripped = pending.rstrip(b"\xff")  # the next string in byte order that does not begin with `pending`
-        after = stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
+        after = _after(pending)
         return low, whole, len(self.texts) if after is None else bisect.bisect_left(self.texts, after)
+
+
+def _after(start: bytes) -> bytes | None:
+    """The next string in byte order that does not begin with `start`; None if there is none."""
+    stripped = start.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1]) if stripped else None
 
 
 def _log_sum(values: Sequence[float]) -> float:

@@ -142,7 +142,7 @@ def _windows(views: Sequence[ByteView], text: str, length: int, skip: int) -> It
 
 def _common(all_bounds: Sequence[Tensor]) -> Int64[Tensor, " common"]:
     """Byte positions that are a token boundary for everybody, ascending."""
-    common = torch.unique(all_bounds[0])
+    common: Tensor = torch.unique(all_bounds[0])
     for bounds in all_bounds[1:]:
         common = common[torch.isin(common, bounds)]
     return common
@@ -161,7 +161,7 @@ def _evidence(
     total = torch.cat([before, source.log_probs(rows).double().cpu()], dim=1).cumsum(1)
     out = torch.zeros(len(ids), max(len(e) for e in ends) - skip, dtype=torch.float64)
     for i, end in enumerate(ends):
-        at = total[i, torch.cat([torch.zeros(1, dtype=torch.int64), end])[skip:]]
+        at: Tensor = total[i, torch.cat([torch.zeros(1, dtype=torch.int64), end])[skip:]]
         out[i, : len(at) - 1] = at.diff()
     return out
 

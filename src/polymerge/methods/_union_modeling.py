@@ -38,7 +38,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ._union_text import Projection, Reader, Readers, Vocabulary  # noqa: TID252 - a sibling in the checkpoint too
+from ._union_text import Projection, Reader, Readers, Vocabulary
 
 # Of a nested config: what belongs to a file or a run, not to the architecture.
 _NOT_ARCHITECTURE = (

@@ -83,9 +83,9 @@ class Vocabulary:
         return ids
 
     def first(self, data: bytes) -> int | None:
-        """The first token of these bytes as the tokenizer's model cuts them in the middle of a text.
+        r"""The first token of these bytes as the tokenizer's model cuts them in the middle of a text.
 
-        The model alone: rules that split a text look at what follows ("\\n   " is cut otherwise at the end of a
+        The model alone: rules that split a text look at what follows ("\n   " is cut otherwise at the end of a
         text than before a word), and nothing is known to follow here.
         """
         if self.kind == "byte-level":

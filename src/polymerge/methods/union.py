@@ -122,7 +122,8 @@ def build_union(
         writer: where to.
         config: from `union_config`.
         dtype: floating-point tensors are converted to it; default each as stored.
-        tokenizers, anchor: as given to `union_config`.
+        tokenizers: as given to `union_config`.
+        anchor: as given to `union_config`.
 
     Raises:
         CheckpointError: an expert cannot be read.
