@@ -15,7 +15,13 @@ specialize", STOC 1997). It wakes when its weight is above the threshold again, 
 tokens; it then reads the tokens that it missed in one call, and the gate is replayed over them with the true
 likelihoods.
 
-This file is copied into the folder of every union checkpoint, so it imports torch and transformers only.
+Experts whose tokenizer is not the anchor's (tokenizer 0) read bytes and predict the anchor's tokens; see
+`_union_text`. The formulas are the same, so the bound holds for what they predict there; what a donor loses by
+predicting the anchor's tokens instead of its own is the boundary cost, in bits per byte. Gradients do not pass
+through them, they never sleep, and they read row by row: about one short call of the donor per token and row.
+
+This file and `_union_text` are copied into the folder of every union checkpoint, so they import torch,
+tokenizers and transformers only.
 Shapes: B batch, T tokens, K experts, V common vocabulary. Log-probabilities are in nats.
 """
 
@@ -31,6 +37,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ._union_text import Projection, Reader, Readers, Vocabulary
 
 # Of a nested config: what belongs to a file or a run, not to the architecture.
 _NOT_ARCHITECTURE = (
@@ -57,10 +65,13 @@ class UnionConfig(PreTrainedConfig):  # type: ignore[misc]
             differs in total variation by at most the weight that the sleeper would have had.
         prior: weight of each expert before the first token, default 1/K.
         vocab_size: tokens that the union predicts; default the smallest of the experts' (the larger ones only
-            differ by padding rows, which get probability 0).
+            differ by padding rows, which get probability 0). Experts with the anchor's tokenizer count.
+        tokenizers: bytes of each tokenizer's table in the weights, the anchor's first; none if all are one.
+        expert_tokenizers: which of them each expert has.
 
     Raises:
-        ValueError: alpha, skip_below, prior or vocab_size out of range.
+        ValueError: alpha, skip_below, prior, vocab_size or the tokenizers out of range; skip_below with several
+            tokenizers.
     """
 
     model_type = "polymerge_union"
@@ -75,20 +86,31 @@ class UnionConfig(PreTrainedConfig):  # type: ignore[misc]
         prior: Sequence[float] | None = None,
         vocab_size: int | None = None,
         use_cache: bool = True,
+        tokenizers: Sequence[int] = (),
+        expert_tokenizers: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
+        if tokenizers:  # absent otherwise: a union of one tokenizer is written as it always was
+            self.tokenizers, self.expert_tokenizers = list(tokenizers), list(expert_tokenizers)
         self.experts = [{k: v for k, v in e.items() if k not in _NOT_ARCHITECTURE} for e in experts]
         self.alpha, self.skip_below, self.use_cache = float(alpha), float(skip_below), bool(use_cache)
         configs, count = self.expert_configs(), max(len(self.experts), 1)
         self.prior = [1.0 / count] * count if prior is None else [float(p) for p in prior]
-        smallest = min((c.vocab_size for c in configs), default=0)
+        spoken = list(expert_tokenizers) if tokenizers else [0] * len(configs)
+        if len(spoken) != len(configs) or (configs and 0 not in spoken) or (tokenizers and skip_below):
+            raise ValueError(
+                f"union: expert_tokenizers is {spoken} and skip_below {skip_below}, expected one number per expert, "
+                "0 (the anchor's tokenizer) among them, and skip_below 0 where tokenizers differ"
+            )
+        smallest = min((c.vocab_size for c, t in zip(configs, spoken, strict=True) if not t), default=0)
         self.vocab_size = smallest if vocab_size is None else int(vocab_size)
         self._check(count, smallest)
         # What generate() and other tools ask of any decoder's config.
         self.num_hidden_layers = max((c.num_hidden_layers for c in configs), default=0)
         self.hidden_size = max((c.hidden_size for c in configs), default=0)
         self.num_attention_heads = max((c.num_attention_heads for c in configs), default=0)
-        lengths = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
+        readers = [c for c, t in zip(configs, spoken, strict=True) if not t]
+        lengths = [n for c in readers if (n := getattr(c, "max_position_embeddings", None))]
         self.max_position_embeddings = min(lengths, default=None)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(key, getattr(configs[0], key, None) if configs else None)
@@ -287,6 +309,11 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             asked = {} if attention in (None, "sdpa") else {"attn_implementation": attention}
             experts = [AutoModelForCausalLM.from_config(c, **asked) for c in config.expert_configs()]
         self.experts = nn.ModuleList(experts)
+        self.donors = [k for k, t in enumerate(getattr(config, "expert_tokenizers", ())) if t]
+        # A buffer travels wherever the weights do; it is read when it is first needed.
+        for i, size in enumerate(getattr(config, "tokenizers", ())):
+            self.register_buffer(f"tokenizer_{i}", torch.zeros(size, dtype=torch.uint8))
+        self._projections: dict[int, Projection] = {}
         self.reset_counts()
         self.post_init()
 
@@ -297,16 +324,30 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         prior: Sequence[float] | None = None,
         alpha: float = 0.01,
         skip_below: float = 0.0,
+        tables: Sequence[bytes] = (),
+        expert_tokenizers: Sequence[int] = (),
     ) -> "UnionForCausalLM":
         """A union that holds these very models (no copy is made), in evaluation mode.
+
+        tables: of the tokenizers, the anchor's first, if they differ (`polymerge.methods.union.tables`).
+        expert_tokenizers: which of them each model has.
 
         Raises:
             ValueError: see `UnionConfig`.
         """
         configs = [model.config.to_dict() for model in models]
-        config = UnionConfig(experts=configs, prior=prior, alpha=alpha, skip_below=skip_below)
+        config = UnionConfig(
+            experts=configs,
+            prior=prior,
+            alpha=alpha,
+            skip_below=skip_below,
+            tokenizers=[len(table) for table in tables],
+            expert_tokenizers=expert_tokenizers,
+        )
         config.dtype = models[0].dtype if models else None
         union = cls(config, models)
+        for i, table in enumerate(tables):
+            setattr(union, f"tokenizer_{i}", torch.tensor(list(table), dtype=torch.uint8))
         union.eval()
         return union
 
@@ -330,7 +371,12 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def new_cache(self) -> UnionCache:
         """An empty cache."""
-        return UnionCache([DynamicCache(config=expert.config) for expert in self.experts])
+        return UnionCache(
+            [
+                Readers(self._projection(k)) if k in self.donors else DynamicCache(config=expert.config)
+                for k, expert in enumerate(self.experts)
+            ]
+        )
 
     def gate_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Weights (B, T, K) that mix the prediction made at position t: of token t+1, before it is seen."""
@@ -395,7 +441,11 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self._remember(cache, input_ids, positions, mask)
         run, log_weights = self._choose(cache, input_ids.shape[1])
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        log_probs = {k: self._run_expert(k, cache, input_ids.shape[1], mask, keep) for k in run}
+        kept = slice(None) if self.donors else keep
+        log_probs = {k: self._run_expert(k, cache, input_ids.shape[1], mask, kept) for k in run if k not in self.donors}
+        if self.donors:
+            log_probs |= self._run_donors(cache, input_ids, mask, log_probs)
+            log_probs = {k: scores[:, keep] for k, scores in log_probs.items()}
         weights = self._settle(cache, run, log_weights, input_ids.shape[1])
 
         # The sleepers' weight goes to those who run.
@@ -491,6 +541,40 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             cache.pending["evidence"] = torch.stack(columns, -1)
         cache.last[k] = log_probs[:, -1]
         return log_probs[:, -count:][:, keep]
+
+    def _run_donors(self, cache: UnionCache, ids: Tensor, mask: Tensor, done: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Log-probabilities (B, T, V) of the donors at the new positions; `done`: of the other experts."""
+        prior = torch.tensor(self.config.prior, dtype=torch.float64)
+        shares = torch.log_softmax(prior[list(done)].log(), -1)
+        parts = [scores.detach().cpu().double() + share for scores, share in zip(done.values(), shares, strict=True)]
+        anchor = functools.reduce(torch.logaddexp, parts)
+        real, tokens, out = mask[:, -ids.shape[1] :].bool().tolist(), ids.tolist(), {}
+        for k in self.donors:
+            readers = cache.experts[k] or Readers(self._projection(k))
+            readers.rows = readers.rows or [Reader(readers.projection) for _ in tokens]
+            scores = anchor.clone()
+            for row, reader in enumerate(readers.rows):
+                for t, token in enumerate(tokens[row]):
+                    if real[row][t]:
+                        reader.take(self.experts[k], token)
+                        scores[row, t] = reader.predict(anchor[row, t])
+            self.expert_calls[k] += 1
+            self.expert_tokens[k] += ids.shape[1]
+            log_probs = scores.to(next(iter(done.values())))
+            seen = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            columns = list(cache.pending["evidence"].unbind(-1))
+            columns[k] = torch.cat([columns[k][:, :1], seen.to(columns[k])], 1)
+            cache.pending["evidence"] = torch.stack(columns, -1)
+            cache.last[k], out[k] = log_probs[:, -1], log_probs
+        return out
+
+    def _projection(self, donor: int) -> Projection:
+        if donor not in self._projections:
+            which = self.config.expert_tokenizers[donor]
+            tables = [bytes(getattr(self, f"tokenizer_{i}").tolist()) for i in (0, which)]
+            anchor, other = map(Vocabulary, tables)
+            self._projections[donor] = Projection(anchor, other, self.config.vocab_size)
+        return self._projections[donor]
 
     def _settle(self, cache: UnionCache, run: list[int], log_weights: Tensor | None, count: int) -> Tensor:
         """Log weights (B, T, K) at the new positions; the cache is brought up to date."""

@@ -13,6 +13,7 @@ model only is to supply a missing base prefix (GPT-2 files say `wte.weight` for 
 
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,24 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from polymerge.align.same import same_vocabulary
+from polymerge.align.token_bytes import BYTE_CHARACTER, ByteView, as_view
+from polymerge.calibrate.packing import adds_bos
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods import _union_modeling
+from polymerge.methods import _union_modeling, _union_text
 from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
 
-__all__ = ["MODELING_FILE", "UnionConfig", "UnionForCausalLM", "build_union", "stored_names", "union_config"]
+__all__ = [
+    "MODELING_FILE",
+    "UnionConfig",
+    "UnionForCausalLM",
+    "build_union",
+    "stored_names",
+    "tables",
+    "union_config",
+]
 
 MODELING_FILE = "modeling_union.py"
 
@@ -39,6 +51,7 @@ def union_config(
     skip_below: float = 0.0,
     prior: Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
 ) -> UnionConfig:
     """The union's config; cheap, so that a preflight can call it.
 
@@ -49,8 +62,10 @@ def union_config(
         skip_below: gate weight under which an expert does not run (see `UnionConfig`).
         prior: name -> weight before the first token; default even.
         dtype: of the stored weights; default the anchor's.
+        tokenizers: name -> fast tokenizer of every expert; default all the same. Give them to `build_union` too.
 
     Raises:
+        PreflightError: tokenizers differ and one does not say which bytes its tokens stand for.
         RecipeError: no expert, an unknown anchor, a prior for other names, or a value out of range.
         CheckpointError: an expert's folder is damaged, or brings code of its own.
     """
@@ -68,9 +83,16 @@ def union_config(
     ids: dict[str, Any] = {
         key: experts[anchor].config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
+    found, spoken = ([], []) if tokenizers is None else tables(tokenizers, anchor)
     try:
         config = UnionConfig(
-            [c.config for c in experts.values()], alpha=alpha, skip_below=skip_below, prior=weights, **ids
+            [c.config for c in experts.values()],
+            alpha=alpha,
+            skip_below=skip_below,
+            prior=weights,
+            tokenizers=[len(table) for table in found],
+            expert_tokenizers=spoken,
+            **ids,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -90,6 +112,8 @@ def build_union(
     writer: CheckpointWriter,
     config: UnionConfig,
     dtype: torch.dtype | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    anchor: str | None = None,
 ) -> None:
     """Write config, model code and all tensors; tokenizer and generation config are the caller's.
 
@@ -98,6 +122,8 @@ def build_union(
         writer: where to.
         config: from `union_config`.
         dtype: floating-point tensors are converted to it; default each as stored.
+        tokenizers: as given to `union_config`.
+        anchor: as given to `union_config`.
 
     Raises:
         CheckpointError: an expert cannot be read.
@@ -105,11 +131,56 @@ def build_union(
     """
     writer.text("config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     writer.text(MODELING_FILE, Path(_union_modeling.__file__).read_text(encoding="utf-8"))
+    text = Path(_union_text.__file__)
+    writer.text(text.name, text.read_text(encoding="utf-8"))
+    if tokenizers is not None:
+        for i, table in enumerate(tables(tokenizers, anchor or next(iter(experts)))[0]):
+            writer.add(f"tokenizer_{i}", torch.tensor(list(table), dtype=torch.uint8))
     for i, checkpoint in enumerate(experts.values()):
         for stored, name in stored_names(checkpoint):
             tensor = checkpoint.tensor(stored)
             convert = dtype is not None and tensor.is_floating_point()
             writer.add(f"experts.{i}.{name}", tensor.to(dtype) if convert else tensor)
+
+
+def tables(tokenizers: Mapping[str, Any], anchor: str) -> tuple[list[bytes], list[int]]:
+    """The tables of all distinct tokenizers, the anchor's first, and which of them each expert has.
+
+    Both empty if all are the same. tokenizers: name -> fast tokenizer or its ByteView.
+    Raises PreflightError where they differ and one does not say which bytes its tokens stand for.
+    """
+    distinct, spoken = [tokenizers[anchor]], []
+    for tokenizer in tokenizers.values():
+        place = next((i for i, t in enumerate(distinct) if t is tokenizer or not same_vocabulary(t, tokenizer)), None)
+        if place is None:
+            place = len(distinct)
+            distinct.append(tokenizer)
+        spoken.append(place)
+    return ([_table(t) for t in distinct], spoken) if len(distinct) > 1 else ([], [])
+
+
+def _table(tokenizer: Any) -> bytes:
+    """What `_union_text.Vocabulary` reads: the tokenizer's file, and the bytes of its tokens."""
+    view = as_view(tokenizer)
+    backend = json.loads(view.tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None
+    facts = {
+        "backend": json.dumps(backend),
+        "tokens": [None if t is None else t.decode("latin-1") for t in view.bytes],
+        "kind": view.kind,
+        "space": view.space,
+        "roles": dict(view.roles),
+        "literals": {b.decode(): i for i, b in enumerate(view.surface) if view.special[i] and view.pieces[i]},
+        "lead": _lead(view),
+        "alphabet": [BYTE_CHARACTER[b] for b in range(256)],
+    }
+    return zlib.compress(json.dumps(facts, sort_keys=True).encode(), 9)
+
+
+def _lead(view: ByteView) -> list[int]:
+    """The token that comes before a text: the beginning token if the tokenizer puts one, else the end token."""
+    wanted = ("bos", "eos") if adds_bos(view.tokenizer) else ("eos", "bos")
+    return [view.roles[role] for role in wanted if role in view.roles][:1]
 
 
 def stored_names(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
