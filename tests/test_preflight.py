@@ -118,7 +118,7 @@ def test_same_size_other_tokens_is_refused(look, made):
     first = min(vocabulary["a"], vocabulary["b"])
     refused(
         PreflightError, look, f"id {first} is 'a' and 'b'", "'a' and 'b' differ", "one tokenizer",
-        a=model, b=model, tokenizers={"b": other}, method="union",
+        a=model, b=model, tokenizers={"b": other}, method="linear",
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_other_size_is_refused(look, made):
     larger = bpe({**alphabet(), "ab": 256}, [("a", "b")], eos_token="<|endoftext|>")
     model = made("wide", vocab_size=260)
     refused(PreflightError, look, "id 256 is '<|endoftext|>' and 'ab'", "sizes 257 and 258",
-            a=model, b=model, tokenizers={"b": larger}, method="union")  # fmt: skip
+            a=model, b=model, tokenizers={"b": larger}, method="linear")  # fmt: skip
 
 
 def test_a_fold_says_what_it_makes_of_another_tokenizer(look, made):
@@ -145,7 +145,7 @@ def test_same_tokens_cut_in_other_places_are_refused(look, made):
     assert one.tokenize("apple") != other.tokenize("apple")
     refused(
         PreflightError, look, "same tokens, but texts are cut in other places", "ids [257, ", "and [79, 258",
-        a=model, b=model, tokenizers={"a": one, "b": other}, method="union",
+        a=model, b=model, tokenizers={"a": one, "b": other}, method="linear",
     )  # fmt: skip
 
 

@@ -179,3 +179,20 @@ def test_rows_longer_than_the_experts_positions_are_refused(folder):
     foreign = Foreign("code", source, translator)
     with pytest.raises(PreflightError, match=r"set fold\.length and heal"):
         foreign.read(rows.flatten()[:100].repeat(40, 1))
+
+
+def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
+    from transformers import AutoModelForCausalLM
+
+    recipe = {
+        "method": "union", "anchor": "prose", "dtype": "float32", "fold": {"length": 16, "tokens": 640},
+        "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
+    }  # fmt: skip
+    path = folder / "union.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    result = polymerge.merge(path, folder / "out-union")
+    model = AutoModelForCausalLM.from_pretrained(result.out, trust_remote_code=True)
+    tokens = torch.tensor([BYTES("apple ana")["input_ids"]])
+    probabilities = model(input_ids=tokens).logits.softmax(-1)
+    assert torch.isfinite(probabilities).all()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(tokens.shape))

@@ -141,7 +141,7 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     tokenizer = tokenizers[recipe.anchor]
     test = rows_of(skills, "test", tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills)
-    return Job(recipe, text, sources, readers, skills, tokenizer, shapes, test, result, clock, progress)
+    return Job(recipe, text, sources, readers, skills, tokenizers, shapes, test, result, clock, progress)
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Job:
     sources: Mapping[str, Source]
     readers: Mapping[str, Source | Foreign]
     skills: Mapping[str, Skill]
-    tokenizer: Any
+    tokenizers: Mapping[str, Any]
     shapes: planning.Plan | None
     test: Mapping[str, Rows]
     result: MergeResult
@@ -163,6 +163,11 @@ class Job:
     calibration: str = ""
     owners: dict[str, str] = field(default_factory=dict)
     part: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The anchor's."""
+        return self.tokenizers[self.recipe.anchor]
 
     @property
     def anchor(self) -> Source:
@@ -179,8 +184,10 @@ class Job:
         """All experts whole, mixed by the Bayesian gate."""
         experts, dtype = {k: s.checkpoint for k, s in self.sources.items()}, getattr(torch, self.recipe.dtype)
         settings = self.recipe.union.model_dump()
-        config = union.union_config(experts, anchor=self.recipe.anchor, dtype=dtype, **settings)
-        union.build_union(experts, writer, config, dtype)
+        several = any(isinstance(reader, Foreign) for reader in self.readers.values())
+        spoken, anchor = self.tokenizers if several else None, self.recipe.anchor
+        config = union.union_config(experts, anchor=anchor, dtype=dtype, tokenizers=spoken, **settings)
+        union.build_union(experts, writer, config, dtype, spoken, anchor)
 
     def build(self, work: Path) -> Any:
         """Fold the experts (or merge them by a rival) in the work folder, if that isn't done; the model in float32."""

@@ -60,7 +60,7 @@ def check(
         _check_tokenizer_files(source)
     specs = {name: source.spec for name, source in sources.items()}
     _check_lengths(recipe, sources)
-    translate = recipe.method == "fold"
+    translate = recipe.method in ("fold", "union")
     findings = vocabulary_findings(recipe.anchor, tokenizers, specs, texts, translate=translate)
     if plan is None:
         text = "every expert whole, weights rounded to the result's dtype at most"

@@ -64,7 +64,7 @@ def vocabulary_findings(
             continue
         if reason := _difference(anchor, name, views, skills):
             if not translate:
-                raise PreflightError(f"{reason}; this method needs one tokenizer: use method: fold")
+                raise PreflightError(f"{reason}; this method needs one tokenizer: use method: fold or union")
             out.append(Finding("approximate", f"{name}: tokenizer", _translated(anchor, name, tokenizers, skills)))
         else:
             found = _harmless(anchor, name, views)
