@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from polymerge import teachers as learning
+from polymerge.calibrate.foreign import TranslatedTeacher
 from polymerge.calibrate.texts import Rows
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, HealResult, Point, Progress
@@ -94,7 +95,10 @@ class Run:
         for name, tokens, mine in zip(drawn, parts, logits.split([len(p) for p in parts]), strict=True):
             with torch.no_grad(), self._autocast():
                 theirs = self.guides[name](input_ids=tokens, use_cache=False).logits
-            loss = loss + learning.kl(mine, theirs)
+            if self.settings.across == "likelihood" and isinstance(self.guides[name], TranslatedTeacher):
+                loss = loss + learning.likelihood(mine, theirs, tokens)
+            else:
+                loss = loss + learning.kl(mine, theirs)
         loss = loss / logits.shape[:2].numel()
         self.optimizer.zero_grad()
         loss.backward()

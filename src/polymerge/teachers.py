@@ -79,6 +79,25 @@ def kl(student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row tim
     return loss
 
 
+def likelihood(
+    student: Float[Tensor, "row time vocab"],
+    teacher: Float[Tensor, "row time vocab"],
+    tokens: Int64[Tensor, "row time"],
+) -> Float[Tensor, ""]:
+    """Σ KL between "the text goes on with this token" and "it does not", from logits; differentiable in the student.
+
+    Approximate likelihood matching (Minixhofer et al. 2025), a chunk for every token: all that a teacher with another
+    tokenizer knows exactly is the probability of the bytes that follow, so only that is matched.
+    """
+    following = tokens[:, 1:, None]
+    log_q, log_p = (
+        x[:, :-1].float().log_softmax(-1).gather(-1, following)[..., 0].clamp(-40.0, -1e-6) for x in (student, teacher)
+    )
+    p = log_p.exp()
+    rest_p, rest_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
+    return (p * (log_p - log_q) + (1 - p) * (rest_p - rest_q)).sum()
+
+
 class Batches:
     """Rows of each step: a share for every skill, each in shuffled passes over its rows.
 
