@@ -36,7 +36,7 @@ Where a donor cannot speak (nothing read and no token to begin with, a longer te
 prediction is the anchor's.
 
 Boundary cost, measured on small models (bits per byte of a donor's prediction less those of its own tokens): at
-most 0.04 where the anchor's tokens are bytes, 0.2 to 0.4 for BPE of 4k tokens under an anchor of 1k, 0.1 to 0.7 for
+most 0.05 where the anchor's tokens are bytes, 0.2 to 0.4 for BPE of 4k tokens under an anchor of 1k, 0.1 to 0.7 for
 donors whose tokens are shorter than the anchor's. So the anchor should be the expert with the shortest tokens.
 
 Gradients do not pass through donors, they never sleep, and they read row by row: per byte of text a short call
