@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -482,10 +481,6 @@ def built(folder, out, families, **settings):
 @pytest.fixture(autouse=True)
 def _remote_code_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    # Else a module would look for its siblings in the folder of the test before.
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).name != "modules"])
-    for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def test_built_checkpoint_holds_every_family_exactly(tmp_path):

@@ -27,7 +27,7 @@ from polymerge.calibrate.packing import adds_bos
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods import _union_modeling, _union_text
+from polymerge.methods import _union_modeling
 from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
 
 __all__ = [
@@ -131,8 +131,6 @@ def build_union(
     """
     writer.text("config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     writer.text(MODELING_FILE, Path(_union_modeling.__file__).read_text(encoding="utf-8"))
-    text = Path(_union_text.__file__)
-    writer.text(text.name, text.read_text(encoding="utf-8"))
     if tokenizers is not None:
         for i, table in enumerate(tables(tokenizers, anchor or next(iter(experts)))[0]):
             writer.add(f"tokenizer_{i}", torch.tensor(list(table), dtype=torch.uint8))
@@ -160,7 +158,7 @@ def tables(tokenizers: Mapping[str, Any], anchor: str) -> tuple[list[bytes], lis
 
 
 def _table(tokenizer: Any) -> bytes:
-    """What `_union_text.Vocabulary` reads: the tokenizer's file, and the bytes of its tokens."""
+    """What the model's `Vocabulary` reads: the tokenizer's file, and the bytes of its tokens."""
     view = as_view(tokenizer)
     backend = json.loads(view.tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
