@@ -77,7 +77,7 @@ class Settings:
 PROFILES = {
     "quick": Settings(distil=Distil(steps=60, lrs=(3e-4, 1e-3))),
     "full": Settings(
-        fold=TokenFold(refine=Refine(steps=400, rows=512, lr=2e-3, head_steps=100)),
+        fold=TokenFold(refine=Refine(steps=400, rows=512, lr=2e-4, head_steps=100)),
     ),
 }
 
