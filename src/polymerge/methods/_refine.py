@@ -3,7 +3,8 @@
 No end-to-end backward pass: the block reads the target's own states, its loss is the error of the slices that the next
 block reads, and only one block is in memory. The head is refined by KL to the owner, a convex problem.
 
-A block is never left worse than its closed form on rows held out: Adam's first steps move every weight by the rate,
+A block is never left worse than its closed form by that loss on rows held out (KL may still grow):
+Adam's first steps move every weight by the rate,
 whatever the gradient, so a rate that gains much where a block was cut down ruins one that was solved exactly. Such
 a descent is taken back and tried again at a fifth of the rate.
 """
