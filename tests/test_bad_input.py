@@ -230,7 +230,8 @@ def test_other_tokenizer_of_the_same_size(here):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     other.save_pretrained(here / "code")
-    refused(here, PreflightError, "'prose' and 'code'", "id 0 is '!' and '\"'")
+    recipe = changed(method="linear")
+    refused(here, PreflightError, "'prose' and 'code'", "id 0 is '!' and '\"'", recipe=recipe)
 
 
 def test_missing_text(here):
