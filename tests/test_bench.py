@@ -274,7 +274,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
 def test_every_listed_case_of_the_full_profile_is_there():
     names = [case.name for case in modular.cases("full")]
     assert len(names) == len(set(names))
-    assert sum(name.startswith("same/") for name in names) == 16
+    assert sum(name.startswith("same/") for name in names) == 32
     assert sum(name.startswith("cross/") for name in names) == 6 * 4 * 3 + 3
     assert sum(name.startswith("baseline/") for name in names) == 20
 

@@ -35,11 +35,16 @@ RECIPE_VERSION = 1
 SHAPES = {"base": (2, 128, 4), "layers": (4, 128, 4), "width": (2, 256, 4), "heads": (2, 128, 8), "all": (4, 256, 8)}
 """The seed's architectures: (layers, width, heads) of the base and of what differs from it in runs 1 to 4."""
 RUNS = {"layers": 1, "width": 2, "heads": 3, "all": 4}
+BY_HEART = 1000
+"""Updates after which an expert knows its training pairs and nothing else."""
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """An expert to train: a task, a shape, the share of pairs it sees, and its weight decay."""
+    """An expert to train: a task, a shape, the share of pairs it sees, its weight decay.
+
+    `updates`: the most it gets; None: as the profile says. One stopped early knows its training pairs and no others.
+    """
 
     task: str
     layers: int
@@ -47,11 +52,13 @@ class ExpertPlan:
     heads: int
     share: float = 0.5
     weight_decay: float = 0.5
+    updates: int | None = None
 
     @property
     def name(self) -> str:
         """Such as x_div_y-2x128x4."""
-        return f"{self.task}-{self.layers}x{self.width}x{self.heads}"
+        stopped = "" if self.updates is None else f"@{self.updates}"
+        return f"{self.task}-{self.layers}x{self.width}x{self.heads}{stopped}"
 
 
 @dataclass(frozen=True)
@@ -82,34 +89,35 @@ PROFILES = {
 }
 
 
-def expert(task: str, shape: str) -> ExpertPlan:
+def expert(task: str, shape: str, updates: int | None = None) -> ExpertPlan:
     """A task at one of the seed's shapes. S5 has 14,400 pairs and needs more of them than half to be learned."""
-    return ExpertPlan(task, *SHAPES[shape], share=0.8 if task == "permutation" else 0.5)
+    return ExpertPlan(task, *SHAPES[shape], share=0.8 if task == "permutation" else 0.5, updates=updates)
 
 
 def cases(profile: str) -> list[Case]:
     """The cases of a profile, cheap ones first."""
     if profile == "quick":
-        tasks, kinds, pairs = ["x_plus_y"], ["layers"], [("x_div_y", "x_plus_y")]
+        tasks, kinds, pairs, budgets = ["x_plus_y"], ["layers"], [("x_div_y", "x_plus_y")], ["sum"]
     else:
-        tasks, kinds = list(TASKS), list(RUNS)
+        tasks, kinds, budgets = list(TASKS), list(RUNS), ["sum", "largest", "union"]
         pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
     same = [
-        Case(f"same/{task}/{kind}", "same", Detail((expert(task, "base"), expert(task, kind)), run=RUNS[kind]))
+        Case(f"same/{task}/{kind}{end}", "same", Detail((expert(task, "base"), expert(task, kind, updates)), run=run))
         for task in tasks
-        for kind in kinds
+        for kind, run in RUNS.items()
+        if kind in kinds
+        for end, updates in (("", None), ("/by-heart", BY_HEART))
     ]
-    budgets = ["sum"] if profile == "quick" else ["largest", "sum", "union"]
     cross = [
         Case(f"cross/{a}+{b}/{kind}/{budget}", "cross", Detail((expert(a, "base"), expert(b, kind)), budget))
-        for a, b in pairs
-        for kind in kinds
         for budget in budgets
+        for kind in kinds
+        for a, b in pairs
     ]
     if profile == "full":
         four = tuple(expert(task, shape) for task, shape in zip(TASKS, ("base", "layers", "heads", "all"), strict=True))
         cross += [Case(f"cross/four/{budget}", "cross", Detail(four, budget)) for budget in budgets]
-    plans = dict.fromkeys(plan for case in same + cross for plan in case.detail.experts)
+    plans = dict.fromkeys(plan for case in same + cross for plan in case.detail.experts if plan.updates is None)
     baseline = [Case(f"baseline/{plan.name}", "baseline", Detail((plan,)), ("expert",)) for plan in plans]
     return baseline + same + cross
 
@@ -141,9 +149,10 @@ def trained(
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, dict[str, Any]]:
     """(folder, what training it gave) of an expert; trained now unless the cache has it."""
-    training = replace(settings.training, weight_decay=plan.weight_decay)
+    training = replace(settings.training, weight_decay=plan.weight_decay, steps=plan.updates or settings.training.steps)
+    asked = {key: value for key, value in asdict(plan).items() if key != "updates"}
     depends = {
-        "version": RECIPE_VERSION, "plan": asdict(plan), "seed": seed,
+        "version": RECIPE_VERSION, "plan": asked, "seed": seed,
         "training": asdict(training), "arithmetic": asdict(settings.arithmetic),
     }  # fmt: skip
     text = json.dumps(depends, sort_keys=True)

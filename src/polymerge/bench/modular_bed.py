@@ -1,7 +1,7 @@
 """The experts of one modular case, and every method on them (see `modular.py` for the suite)."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from polymerge.bench.fuse import fused
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
 from polymerge.bench.train import Weights, initial
+from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
@@ -57,6 +58,8 @@ class ModularBed:
         held = [tokens.accuracy(e.path, self.validation, device) for e in self.experts]
         best = {task: max(scores[task] for scores in held) for task in self.skills}
         self.good = {t: [k for k, scores in enumerate(held) if scores[t] >= best[t] - CLOSE] for t in self.skills}
+        self.meant = {t: [k for k, p in enumerate(plans) if p.task == t] for t in self.skills}
+        self.part = sorted({k for good in self.good.values() for k in good})
         self.owner = {t: next(k for k, scores in enumerate(held) if scores[t] == best[t]) for t in self.skills}
         self.owners = {task: self.table[self.owner[task]][task] for task in self.skills}
         self.anchor_scores = self.table[0]
@@ -76,14 +79,13 @@ class ModularBed:
     def _measured(self, source: Source) -> dict[str, float]:
         return tokens.accuracy(source.path, {t: s.test for t, s in self.splits.items()}, self.device)
 
-    def texts(self, *, only: int | None = None) -> Any:
-        """Training pairs to fit, validation pairs held out; every expert that is good at a task owns its rows."""
-        said = [(t, k) for t in self.skills for k in self.good[t] if only in (None, k)]
-        owners = [0 if only is not None else k for _, k in said]
-        fitted, held_out = ([getattr(self.splits[t], part) for t, _ in said] for part in ("train", "validation"))
+    def texts(self, part: Sequence[int], owners: Mapping[str, Sequence[int]]) -> Calibration:
+        """Training pairs to fit, validation pairs held out, for some of the experts; `owners` of each task's rows."""
+        said = [(t, k) for t in self.skills for k in owners[t] if k in part]
         if not said:
             raise PreflightError("the anchor is not the best at any of the tasks, so there is nothing to keep of it")
-        return tokens.calibration(fitted, held_out, owners, 1 if only is not None else len(self.experts))
+        fitted, held_out = ([getattr(self.splits[t], use) for t, _ in said] for use in ("train", "validation"))
+        return tokens.calibration(fitted, held_out, [part.index(k) for _, k in said], len(part))
 
     def lessons(self) -> dict[str, Lesson]:
         """Training pairs of every skill, with the owner's logits."""
@@ -94,15 +96,17 @@ class ModularBed:
         return found
 
     def shapes(self) -> tuple[Spec, ...]:
-        """Candidate shapes of the result in the case's budget."""
+        """The result's shape: the case's budget, at the width of the widest expert."""
         sizes = {str(i): e.parameters for i, e in enumerate(self.experts)}
         limit = {"sum": sum(sizes.values()), "largest": max(sizes.values())}
-        size = "union" if self.budget == "union" else {"params": limit[self.budget]}
+        width = max(e.spec.width for e in self.experts)
+        size = "union" if self.budget == "union" else {"params": limit[self.budget], "width": width}
         asked = recipe.parse({
             "method": "fold", "anchor": "0", "family": FAMILY, "size": size,
             "experts": {str(i): {"model": str(e.path), "text": "-"} for i, e in enumerate(self.experts)},
         })  # fmt: skip
-        return plan.make(asked, {str(i): e.spec for i, e in enumerate(self.experts)}, sizes).shapes
+        specs = {str(i): e.spec for i, e in enumerate(self.experts)}
+        return plan.make(asked, specs, sizes, [str(k) for k in self.part]).shapes
 
     # ------------------------------------------------------------------ ours
 
@@ -171,26 +175,27 @@ class ModularBed:
     def shrink(self) -> Outcome:
         """One expert, folded into the shape that the fold of all took."""
         folded, _ = self._folded()
-        alone = tokens.fold_tokens(
-            self.experts[:1], self.family, [folded.target], self.texts(only=0), self.settings.fold, self.seed
-        )
+        texts = self.texts([0], self.good)
+        alone = tokens.fold_tokens(self.experts[:1], self.family, [folded.target], texts, self.settings.fold, self.seed)
         return self._outcome(alone.target, alone.weights)
 
     def placebo(self) -> Outcome:
         """All but the anchor shuffled."""
         folded, _ = self._folded()
-        folders = [
-            modular.shuffled(e.path, self._scratch / f"shuffled-{k}", self.seed + k)
-            for k, e in enumerate(self.experts) if k
-        ]  # fmt: skip
-        experts = [self.experts[0], *(modular.opened(f, self.device) for f in folders)]
-        fake = tokens.fold_tokens(experts, self.family, [folded.target], self.texts(), self.settings.fold, self.seed)
+        experts = []
+        for k in self.part:
+            folder = self._scratch / f"shuffled-{k}"
+            path = modular.shuffled(self.experts[k].path, folder, self.seed + k) if k else self.experts[k].path
+            experts.append(modular.opened(path, self.device))
+        texts = self.texts(self.part, self.good)
+        fake = tokens.fold_tokens(experts, self.family, [folded.target], texts, self.settings.fold, self.seed)
         return self._outcome(fake.target, fake.weights)
 
     def rival(self, method: Any) -> Outcome:
-        """In the fold's shape, on the fold's rows."""
+        """In the fold's shape, on the fold's rows; every expert speaks for the task that it was trained on."""
         folded, _ = self._folded()
-        make = table.merged_by(method, self.experts, 0, self.texts(), self.seed)
+        everyone = range(len(self.experts))
+        make = table.merged_by(method, self.experts, 0, self.texts(everyone, self.meant), self.seed)
         target, weights, note = fitting(make, folded.target, [e.spec for e in self.experts], self.family)
         outcome = self._outcome(target, weights)
         outcome.notes = note
@@ -206,7 +211,8 @@ class ModularBed:
 
     def _fold(self) -> tokens.FoldedTokens:
         self.progress("fold")
-        return tokens.fold_tokens(self.experts, self.family, self.shapes(), self.texts(), self.settings.fold, self.seed)
+        experts, texts = [self.experts[k] for k in self.part], self.texts(self.part, self.good)
+        return tokens.fold_tokens(experts, self.family, self.shapes(), texts, self.settings.fold, self.seed)
 
     def _single(self, k: int) -> Outcome:
         source = self.experts[k]
