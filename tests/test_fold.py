@@ -8,6 +8,7 @@ import torch
 from polymerge import families, plan, recipe
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
+from polymerge.methods import _refine
 from polymerge.methods import fold as folding
 from polymerge.methods._layers import Knobs, LayerFold, as_gated
 from polymerge.methods._refine import Refine
@@ -240,3 +241,20 @@ def test_a_budget_that_holds_nothing_says_what_would(save_model, tmp_path):
     source = expert(save_model, tmp_path)
     with pytest.raises(PreflightError, match=r"size: 200 parameters hold no mistral .* the least is about"):
         shape([source], params=200)
+
+
+def test_refining_the_last_layer_with_the_head_helps_the_skill_that_lags(save_model, tmp_path, monkeypatch):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
+    family, (target,) = shape(pair, width=24, heads=3, mlp=24)
+    data, lags = texts(2), []
+    for ending in (lambda fold, before, weights, head: (weights, head), _refine.ending):
+        monkeypatch.setattr(_refine, "ending", ending)
+        got = folded_logits(pair, family, target, data, Knobs(), Refine(steps=30, head_steps=30, lr=1e-3))[0]
+        lags.append(divergence(got, pair, data))
+    assert lags[1] < lags[0]
+
+
+def test_lagging_skills_count_more_up_to_a_limit():
+    assert _refine.balanced([0.1, 0.2, 10.0, -1.0])[2:] == (_refine.TILT, 1.0)
+    assert _refine.balanced([0.1, 0.2]) == (1.0, pytest.approx(4.0))
+    assert _refine.balanced([0.0, 0.0]) == (1.0, 1.0)

@@ -18,7 +18,7 @@ from polymerge.align.heads import expand_groups, placement
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.moments import Moments
 from polymerge.clock import Clock
-from polymerge.methods import _refine
+from polymerge.methods import _judge, _refine
 from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -88,13 +88,21 @@ class LayerFold:
         """Fold; held-out excess of each skill over its owner, in bits per byte."""
         with self.clock("fold"):
             emit(None, {"embed.weight": self.embeddings()})
+            last = self.target.layers - 1
             for layer in range(self.target.layers):
                 self.progress(f"layer {layer + 1} of {self.target.layers}")
-                emit(layer, self.layer(layer))
+                before, weights = self.state, self.layer(layer)
+                if layer < last:
+                    emit(layer, weights)
             self.progress("head")
             outer = self.head()
+            if self.refine.steps:
+                with self.clock("refine"):
+                    weights, outer["head.weight"] = _refine.ending(self, before, weights, outer["head.weight"])
+                self._pass(before, weights)
+            emit(last, weights)
             emit(None, outer)
-            return self.excess(outer["head.weight"])
+            return _judge.excess(self, outer["head.weight"])
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One target layer: attention, MLP, then both refined together."""
@@ -104,7 +112,7 @@ class LayerFold:
         if self.refine.steps:
             with self.clock("refine"):
                 weights = _refine.block(self, before, weights)
-            self.state = self.stream(lambda rows: self._layer_output(weights, before[rows]))
+            self._pass(before, weights)
         return weights
 
     # ------------------------------------------------------------------------------------------ stages
@@ -235,22 +243,6 @@ class LayerFold:
             with self.clock("refine"):
                 head = _refine.head(self, head)
         return {"norm.weight": torch.ones(self.target.width, dtype=self.dtype), "head.weight": head}
-
-    def excess(self, head: Tensor) -> list[float]:
-        """Loss over the owner's on the rows that no regression saw, in bits per byte, by expert."""
-        sums = torch.zeros(len(self.experts), 2, dtype=torch.float64)
-        scored = self.texts.scored[:-1]
-        for rows in torch.nonzero(~self.texts.fit).flatten().split(self.batch):
-            following = self.texts.tokens[rows, 1:].to(self.device)
-            losses = [
-                F.cross_entropy(logits[:, :-1].transpose(1, 2), following, reduction="none")[:, scored].sum(1).cpu()
-                for logits in (F.linear(self.normalised(rows), head), self.teacher(rows))
-            ]
-            sums.index_add_(0, self.texts.owner[rows], torch.stack(
-                [(losses[0] - losses[1]).double(), torch.full_like(losses[0], int(scored.sum())).double()],
-                dim=1))  # fmt: skip
-        nats = (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
-        return [n / 0.6931471805599453 / b for n, b in zip(nats, self.texts.bytes_per_token, strict=True)]
 
     # ------------------------------------------------------------------------------------------ writers
 
@@ -384,9 +376,9 @@ class LayerFold:
         tokens = (self.texts.tokens if foreign is None else foreign[0].tokens)[rows].to(self.device)
         return width.centred(expert, decoder.embed(expert.spec, outer, tokens))
 
-    def _layer_output(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        out: Tensor = decoder.layer(self.target, weights, x.to(self.device)).out
-        return out
+    def _pass(self, before: Tensor, weights: dict[str, Tensor]) -> None:
+        """The target's states after a layer that reads `before`."""
+        self.state = self.stream(lambda rows: decoder.layer(self.target, weights, before[rows].to(self.device)).out)
 
     def _mixed(self, spec: Spec, weights: dict[str, Tensor], rows: Tensor) -> Tensor:
         return decoder.attend(spec, *decoder.project_heads(spec, weights, self.normalised(rows)))

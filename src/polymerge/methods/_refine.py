@@ -1,7 +1,8 @@
 """Blockwise local refinement: after a block's closed-form solution, Adam on that block alone towards the same targets.
 
 No end-to-end backward pass: the block reads the target's own states, its loss is the error of the slices that the next
-block reads, and only one block is in memory. The head is refined by KL to the owner, a convex problem.
+block reads, and only one block is in memory. The head is refined by KL to the owner, a convex problem; then the last
+block and the head together, since KL can be read off them without another block.
 
 A block is never left worse than its closed form by that loss on rows held out (KL may still grow):
 Adam's first steps move every weight by the rate,
@@ -9,21 +10,24 @@ whatever the gradient, so a rate that gains much where a block was cut down ruin
 a descent is taken back and tried again at a fifth of the rate.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from polymerge.methods import _judge
 from polymerge.model import decoder
 
 if TYPE_CHECKING:
     from polymerge.methods._layers import LayerFold
 
 BACK_OFF, TRIES = 5.0, 3
+LAST = 3
+"""The last layer gets so many times the steps of the others: its loss is the very one that counts."""
+TILT = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,54 @@ def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict
 
 def head(fold: "LayerFold", weight: Tensor) -> Tensor:
     """The head (vocab, width) refined by KL(owner ‖ target) on the fitted rows."""
-    moved, scored = weight.clone().requires_grad_(), fold.texts.scored
+    moved = weight.clone().requires_grad_()
 
     def loss(rows: Tensor) -> Tensor:
         with torch.no_grad():
-            seen = fold.normalised(rows)[:, scored].flatten(0, 1)
-            goal = fold.teacher(rows)[:, scored].flatten(0, 1).log_softmax(-1)
-        ours = F.linear(seen, moved).log_softmax(-1)
-        return F.kl_div(ours, goal, log_target=True, reduction="batchmean")
+            seen = fold.normalised(rows)
+        return _judge.nats(fold, rows, seen, moved).mean()
 
     _descend(fold, [moved], loss, fold.refine.head_steps, fold.refine.head_lr)
     return moved.detach()
+
+
+def ending(
+    fold: "LayerFold", before: Tensor, weights: dict[str, Tensor], head: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The last layer and the head refined together by KL(owner ‖ target): nothing but the head reads what they write.
+
+    `before` (row, time, width) is the stream that the layer reads. Skills that lag count more (`balanced`). Both are
+    as they were if that KL on the rows held out does not fall.
+    """
+    held = torch.nonzero(~fold.texts.fit).flatten()
+    say = torch.tensor(balanced(_judge.lag(fold, head)))
+
+    def loss(params: dict[str, Tensor], head: Tensor, rows: Tensor) -> Tensor:
+        out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out
+        nats = _judge.nats(fold, rows, decoder.rms(out, fold.target.eps), head)
+        return (nats * say[fold.texts.owner[rows]].to(nats)).mean()
+
+    def held_out(params: dict[str, Tensor], head: Tensor) -> float:
+        with torch.no_grad():
+            return sum(float(loss(params, head, rows)) * len(rows) for rows in held.split(fold.batch))
+
+    start, rate = held_out(weights, head), fold.refine.lr
+    for _ in range(TRIES):
+        params = {role: w.clone().requires_grad_(not role.startswith("norm")) for role, w in weights.items()}
+        moved = head.clone().requires_grad_()
+        moving = [*(p for p in params.values() if p.requires_grad), moved]
+        _descend(fold, moving, partial(loss, params, moved), LAST * fold.refine.steps, rate)
+        params, new = {role: p.detach() for role, p in params.items()}, moved.detach()
+        if not len(held) or held_out(params, new) < start:
+            return params, new
+        rate /= BACK_OFF
+    return weights, head
+
+
+def balanced(lag: Sequence[float]) -> tuple[float, ...]:
+    """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
+    least = max(min(lag), 1e-3)
+    return tuple(min(TILT, max(1.0, (e / least) ** 2)) for e in lag)
 
 
 def _descend(

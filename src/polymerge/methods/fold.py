@@ -12,11 +12,10 @@ error is seen and corrected by the next map:
   owned and μ towards zero where not; heads and neurons over the budget are dropped first, by their cost in KL;
 - head: onto the owner's centred logits.
 
-Then a block may be refined alone, by gradient, towards the same targets, before the next is solved. One layer
-of each model
-is in memory at a time. The relatives: RegMean++ (Nguyen et al. 2025) regresses layer by layer on the merged
-model's own
-activations, for equal architectures; FS-Merge (2025) reconstructs features across models with learned low-rank maps.
+Then a block may be refined alone, by gradient, towards the same targets, before the next is solved; the last one and
+the head by KL to the owner. One layer of each model is in memory at a time. The relatives: RegMean++ (Nguyen et al.
+2025) regresses layer by layer on the merged model's own activations, for equal architectures; FS-Merge (2025)
+reconstructs features across models with learned low-rank maps.
 """
 
 import math
@@ -31,7 +30,7 @@ from polymerge.align.width import Basis, residual_basis
 from polymerge.calibrate.calibration import Calibration
 from polymerge.clock import Clock
 from polymerge.methods._layers import Emit, Knobs, LayerFold
-from polymerge.methods._refine import Refine
+from polymerge.methods._refine import Refine, balanced
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.recipe import Fold
@@ -40,7 +39,6 @@ BASIS_ROWS = 64
 TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
-TILT = 10.0
 GRIDS: dict[str, tuple[float, ...]] = {
     "off_gate": (2.0,),
     "mute": (0.1,),
@@ -156,12 +154,6 @@ def choose(
             if max(excess) < BETTER * max(best):
                 best, knobs = excess, other
     return Choice(target, knobs, balanced(best), trials)
-
-
-def balanced(excess: Sequence[float]) -> tuple[float, ...]:
-    """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
-    least = max(min(excess), 1e-3)
-    return tuple(min(TILT, max(1.0, (e / least) ** 2)) for e in excess)
 
 
 def _walk(shapes: Sequence[Spec], tried: Callable[[Spec], list[float]]) -> tuple[Spec, list[float]]:
