@@ -247,7 +247,7 @@ def test_refining_the_last_layer_with_the_head_helps_the_skill_that_lags(save_mo
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
     family, (target,) = shape(pair, width=24, heads=3, mlp=24)
     data, lags = texts(2), []
-    for ending in (lambda fold, before, weights, head: (weights, head), _refine.ending):
+    for ending in (lambda *parts: parts[2:], _refine.ending):
         monkeypatch.setattr(_refine, "ending", ending)
         got = folded_logits(pair, family, target, data, Knobs(), Refine(steps=30, head_steps=30, lr=1e-3))[0]
         lags.append(divergence(got, pair, data))

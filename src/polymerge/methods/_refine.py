@@ -120,7 +120,7 @@ def ending(
 def balanced(lag: Sequence[float]) -> tuple[float, ...]:
     """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
     least = max(min(lag), 1e-3)
-    return tuple(min(TILT, max(1.0, (e / least) ** 2)) for e in lag)
+    return tuple(min(TILT, max(1.0, max(e, 0.0) ** 2 / least**2)) for e in lag)
 
 
 def _descend(
