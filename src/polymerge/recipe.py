@@ -114,7 +114,7 @@ class Union(_Strict):
 
 
 class Fold(_Strict):
-    """Calibration and solver of the fold; the four knobs are chosen on held-out text unless given."""
+    """Calibration and solver of the fold; the five knobs are chosen on held-out text unless given."""
 
     tokens: Count = 32_000
     length: int = Field(128, ge=8)
@@ -125,6 +125,7 @@ class Fold(_Strict):
     mute: float | None = Field(None, ge=0)
     off_gate: float | None = Field(None, ge=0)
     off_weight: float | None = Field(None, ge=0)
+    even: float | None = Field(None, ge=0, le=1)
 
 
 def healing(value: object) -> object:

@@ -124,15 +124,18 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
     return directions, power / power.sum()
 
 
-def allot(bases: list[Basis], width: int, balance: Sequence[float] | None = None) -> list[int]:
+def allot(bases: list[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:
     """Share `width` dimensions out to the experts, best score first; none goes without, none gets more than it has.
 
-    `balance` multiplies the scores of each expert.
+    `balance` multiplies the scores of each expert. `even`, from 0 to 1, is the part of the width that is dealt out in
+    proportion to the experts' own widths first: scores of experts that are always sure of themselves do not compare.
     """
     share = balance if balance is not None else [1.0] * len(bases)
+    total = sum(len(basis.scores) for basis in bases)
+    sure = [max(1, int(even * width * len(basis.scores) / total)) for basis in bases]
     scored = sorted(
         ((-float(score) * share[k], k, i) for k, basis in enumerate(bases) for i, score in enumerate(basis.scores))
     )
-    scored.sort(key=lambda entry: entry[2] > 0)  # everyone's first direction comes before all others
+    scored.sort(key=lambda entry: entry[2] >= sure[entry[1]])
     taken = [k for _, k, _ in scored[:width]]
     return [taken.count(k) for k in range(len(bases))]

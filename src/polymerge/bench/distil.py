@@ -26,7 +26,7 @@ class Distil:
 
     steps: int = 100
     batch: int = 512
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    lrs: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
     every: int = 10
     warmup: float = 0.1
 

@@ -81,7 +81,7 @@ class Settings:
 
 # Both stop training 200 updates after an expert generalises, and so share experts; the seed went on to update 7,500.
 PROFILES = {
-    "quick": Settings(distil=Distil(steps=60, lrs=(3e-4, 1e-3))),
+    "quick": Settings(distil=Distil(steps=60, lrs=(3e-5, 3e-4, 1e-3))),
     "full": Settings(),
 }
 

@@ -29,17 +29,19 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Knobs:
-    """The four numbers of the fold.
+    """The five numbers of the fold.
 
     `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does
     not own the
-    position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target.
+    position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target; `even`, the part of the
+    stream's dimensions that is dealt out by the experts' widths and not by score.
     """
 
     ridge: float = 1e-4
     mute: float = 0.03
     off_gate: float = 0.0
     off_weight: float = 0.1
+    even: float = 0.0
 
 
 class LayerFold:
@@ -71,7 +73,9 @@ class LayerFold:
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)
         self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
-        self.encoders, self.slices = encoders(bases, self.balance, target.width, self.dtype, first=int(self.constant))
+        self.encoders, self.slices = encoders(
+            bases, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
+        )
         self.outers = [e.outer() for e in experts]
         self.state = self.weight = torch.empty(0)
         self.current: list[Tensor] = []
@@ -424,11 +428,16 @@ class LayerFold:
 
 
 def encoders(
-    bases: Sequence[width.Basis], balance: Sequence[float], total: int, dtype: torch.dtype, first: int = 0
+    bases: Sequence[width.Basis],
+    balance: Sequence[float],
+    total: int,
+    dtype: torch.dtype,
+    first: int = 0,
+    even: float = 0.0,
 ) -> tuple[list[Tensor], list[slice]]:
     """P_k (resid_k, total) and each expert's slice, from dimension `first` on."""
     matrices, slices, start = [], [], first
-    for basis, n in zip(bases, width.allot(list(bases), total - first, balance), strict=True):
+    for basis, n in zip(bases, width.allot(list(bases), total - first, balance, even), strict=True):
         matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
         matrix[:, start : start + n] = basis.directions[:, :n].cpu()
         matrices.append(matrix)

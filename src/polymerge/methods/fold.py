@@ -40,6 +40,7 @@ TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
 GRIDS: dict[str, tuple[float, ...]] = {
+    "even": (0.5, 1.0),
     "off_gate": (2.0,),
     "mute": (0.1,),
     "off_weight": (0.3,),
