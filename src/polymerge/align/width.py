@@ -124,7 +124,7 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
     return directions, power / power.sum()
 
 
-def allot(bases: list[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:
+def allot(bases: Sequence[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:
     """Share `width` dimensions out to the experts, best score first; none goes without, none gets more than it has.
 
     `balance` multiplies the scores of each expert. `even`, from 0 to 1, is the part of the width that is dealt out in

@@ -437,7 +437,7 @@ def encoders(
 ) -> tuple[list[Tensor], list[slice]]:
     """P_k (resid_k, total) and each expert's slice, from dimension `first` on."""
     matrices, slices, start = [], [], first
-    for basis, n in zip(bases, width.allot(list(bases), total - first, balance, even), strict=True):
+    for basis, n in zip(bases, width.allot(bases, total - first, balance, even), strict=True):
         matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
         matrix[:, start : start + n] = basis.directions[:, :n].cpu()
         matrices.append(matrix)

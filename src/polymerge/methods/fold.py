@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymerge.align.width import Basis, residual_basis
+from polymerge.align.width import Basis, allot, residual_basis
 from polymerge.calibrate.calibration import Calibration
 from polymerge.clock import Clock
 from polymerge.methods._layers import Emit, Knobs, LayerFold
@@ -151,6 +151,8 @@ def choose(
     for name in free:
         for value in GRIDS[name]:
             other = replace(knobs, **{name: value})
+            if name == "even" and len({tuple(allot(bases, target.width, None, x.even)) for x in (knobs, other)}) == 1:
+                continue  # deals out the same
             excess = tried(target, other, balance)
             if max(excess) < BETTER * max(best):
                 best, knobs = excess, other
