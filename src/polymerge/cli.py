@@ -229,6 +229,7 @@ def demo(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge bench text --profile quick --out out/bench[/]  every method on the demo's experts\n\n"
         "[cyan]polymerge bench modular --methods fold,union --seeds 3[/]  the arithmetic experiment, two methods\n\n"
+        "[cyan]polymerge bench text --profile full --texts TEXTS[/]  experts trained on your own texts first\n\n"
         "Kill it anywhere and run it again: finished rows are neither lost nor repeated."
     )
 )
@@ -244,6 +245,10 @@ def bench(
     ),
     device: OnDevice = Device.auto,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of texts for the experts of text/full; default what POLYMERGE_TEXTS names."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Benchmark every method on the same experts, texts and tokens."""
@@ -261,7 +266,10 @@ def bench(
             listener,
             cases=cases.split(",") if cases else None,
             workers=workers,
+            texts=texts,
         )
+    for line in [] if cases else package.left_out(suite, profile, texts):
+        typer.echo(line, err=True)
     typer.echo(f"leaderboard: {out / 'LEADERBOARD.md'}\nreport: {out / 'report.html'}")
 
 

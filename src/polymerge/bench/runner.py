@@ -40,6 +40,7 @@ def run(
     *,
     cases: Sequence[str] | None = None,
     workers: int = 1,
+    texts: Path | str | None = None,
     parent: int | None = None,
 ) -> list[Row]:
     """Fill a folder with the rows of a suite; returns all rows of the folder.
@@ -55,11 +56,13 @@ def run(
         cases: names to run; default all of the profile.
         workers: processes that share the cases. The same command on another machine or GPU shares them as well, if
             it sees the same folder.
+        texts: folder of the texts that experts of the full text suite are trained on; default what POLYMERGE_TEXTS
+            names. Cases that lack them are left out (`left_out` says which).
         parent: of a helping process, which ends when that one has.
 
     Raises:
-        PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written; a method that
-            failed by a bug, after all other rows are written.
+        PolymergeError: an unknown suite, profile, method or case; a case asked for that lacks its texts; a folder that
+            cannot be written; a method that failed by a bug, after all other rows are written.
     """
     from polymerge.merge import pick_device
 
@@ -68,14 +71,17 @@ def run(
             f"bench: no {suite}/{profile}; suites: {', '.join(SUITES)}, all; profiles: {', '.join(PROFILES)}"
         )
     wanted, place, store = table.chosen(methods), pick_device(device), Store(out)
-    found = {name: _suite(name, profile) for name in (SUITES if suite == "all" else (suite,))}
-    names = [case.name for some, _ in found.values() for case in some]
+    found = {name: _suite(name, profile, texts) for name in _named(suite)}
+    names = {case.name: lack(case) for some, _, lack in found.values() for case in some}
     for case_name in cases or ():
         if case_name not in names:
             raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
+        if names[case_name]:
+            raise PreflightError(f"bench: case {case_name}: {names[case_name]}")
     progress = progress or Quiet()
     out = Path(out)
-    more = {"methods": methods, "seeds": seeds, "device": device, "cases": cases, "parent": os.getpid()}
+    more = {"methods": methods, "seeds": seeds, "device": device, "cases": cases, "texts": texts}
+    more["parent"] = os.getpid()
     context = get_context("spawn")
     helpers = [
         context.Process(target=run, args=(suite, profile, out), kwargs=more, daemon=True) for _ in range(workers - 1)
@@ -83,8 +89,8 @@ def run(
     try:
         for helper in helpers:
             helper.start()
-        for name, (some, make) in found.items():
-            picked = [case for case in some if not cases or case.name in cases]
+        for name, (some, make, _) in found.items():
+            picked = [case for case in some if case.name in cases] if cases else [c for c in some if not names[c.name]]
             Cells(name, profile, store, wanted, seeds, place, progress, out, parent).run(picked, make)
     finally:
         for helper in helpers:
@@ -109,21 +115,40 @@ def report(out: Path | str) -> tuple[Path, Path]:
     return paths
 
 
-def _suite(name: str, profile: str) -> tuple[list[Case], Make]:
-    """A suite's cases, and what makes the bed of one."""
+def left_out(suite: str, profile: str, texts: Path | str | None = None) -> list[str]:
+    """A line for each reason for which cases of a run cannot be done here: "18 cases of text cannot: needs …"."""
+    lines = []
+    for name in _named(suite):
+        some, _, lack = _suite(name, profile, texts)
+        for reason in sorted({why for case in some if (why := lack(case))}):
+            lines.append(f"{sum(lack(case) == reason for case in some)} cases of {name} cannot: {reason}")
+    return lines
+
+
+def _named(suite: str) -> tuple[str, ...]:
+    return SUITES if suite == "all" else (suite,)
+
+
+def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case], Make, Callable[[Case], str]]:
+    """A suite's cases, what makes the bed of one, and what one lacks here (empty: nothing)."""
     if name == "modular":
         from polymerge.bench import modular
         from polymerge.bench.modular_bed import ModularBed
 
         settings = modular.PROFILES[profile]
-        return modular.cases(profile), lambda case, seed, device, scratch, tell: ModularBed(
-            case, seed, settings, scratch, device=device, progress=tell
-        )
-    from polymerge.bench import text
 
-    return text.cases(profile), lambda case, seed, device, scratch, tell: text.TextBed(
-        case, seed, scratch, device=device, progress=tell
-    )
+        def modular_bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
+            return ModularBed(case, seed, settings, scratch, device=device, progress=tell)
+
+        return modular.cases(profile), modular_bed, lambda _: ""
+    from polymerge.bench import text, text_bed, text_experts
+
+    folder = text_experts.texts_folder(Path(texts) if texts else None)
+
+    def bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
+        return text_bed.TextBed(case, seed, scratch, texts=folder, device=device, progress=tell)
+
+    return text.cases(profile), bed, lambda case: text.lacking(case, folder)
 
 
 class Cells:
