@@ -8,6 +8,7 @@ import torch
 
 from polymerge import bench
 from polymerge.bench import lm, text, text_bed, text_experts
+from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
 from polymerge.errors import PreflightError
@@ -97,6 +98,14 @@ def test_training_is_deterministic(texts, tmp_path):
     assert one == other
 
 
+def test_products_are_counted_forwards_and_backwards():
+    x, w = torch.randn(3, 5), torch.randn(7, 5, requires_grad=True)
+    with Products() as products:
+        (torch.nn.functional.linear(x, w, torch.zeros(7)) ** 2).sum().backward()
+        torch.bmm(torch.randn(2, 3, 4), torch.randn(2, 4, 6))
+    assert products.flops == 2 * (2 * 3 * 5 * 7) + 2 * 2 * 3 * 4 * 6
+
+
 # ---------------------------------------------------------------------- cases
 
 
@@ -137,7 +146,7 @@ def stop() -> None:
 def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("prose+code/1.5x", "text", FEW)])
     names = ["union", "fold", "fold_heal", "anchor", "best_expert", "ensemble", "anchor_distill", "scratch_distill"]
-    names += ["fuse_distill", "linear"]
+    names += ["fuse_distill", "linear", "anchor_distill_more"]
     more = ["shrink", "placebo", "mergekit_ties"]
     rows = {r.method: r for r in bench.run("text", "quick", tmp_path, [*names, *more], device="cpu")}
     assert set(rows) == {*names, *more}
@@ -150,6 +159,10 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
     assert rows["fold_heal"].worst < rows["fold"].worst < rows["placebo"].worst
     assert rows["fold"].parameters == rows["scratch_distill"].parameters == rows["placebo"].parameters
     assert rows["anchor_distill"].parameters <= rows["fold"].parameters
+    spent = rows["fold"].flops + rows["anchor_distill"].flops
+    assert rows["anchor_distill_more"].flops == pytest.approx(spent, rel=0.2)  # whole steps, another shape
+    assert rows["anchor_distill_more"].tokens > rows["anchor_distill"].tokens
+    assert rows["fold_heal"].flops > rows["fold"].flops > rows["shrink"].flops > 0
     assert "code translated from gpt_neox" in rows["linear"].notes
     assert "common base model" in rows["mergekit_ties"].reason
 

@@ -39,8 +39,8 @@ class Row:
         parameters: of the result; `expert_parameters` of each expert.
         tokens: read by gradient training on top of calibration.
         steps: of that training.
-        flops: of its matrix products (see `training_flops`), every learning rate tried counted; None where nothing is
-            trained by gradients or the work is not known.
+        flops: of its matrix products, every learning rate and setting tried counted: by formula where a model is
+            distilled (`training_flops`), counted while it ran elsewhere (`flops.Products`); None where not known.
         seconds: wall; `cpu_seconds` of this process; `peak_bytes` resident (GPU: allocated) during the run.
         command: runs this row again.
         extra: curves, knobs and what else a report may show.

@@ -7,16 +7,21 @@ every distilled method heals on the same tokens with the same grid of learning r
 on validation text.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from polymerge.bench import text_experts
 from polymerge.bench.methods import Case
+from polymerge.calibrate.packing import Rows
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
 from polymerge.merge import TEST_ROWS
+from polymerge.model.source import Source
 
 
 @dataclass(frozen=True)
@@ -112,3 +117,9 @@ def given(
         record = {key: expert.record[key] for key in ("tokens", "stream", "best_val_bpb", "cpu_seconds")}
         found[plan.domain] = Given(expert.folder, expert.text, expert.field, record)
     return found
+
+
+def even_mixture(experts: Iterable[Source], rows: Rows) -> float:
+    """Bits per byte of the mean of the experts' probabilities of each token."""
+    logs = torch.stack([expert.log_probs(rows.tokens) for expert in experts]).double()
+    return float((math.log(len(logs)) - logs.logsumexp(0)).sum()) / (math.log(2) * rows.bytes)

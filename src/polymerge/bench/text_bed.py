@@ -1,9 +1,8 @@
 """The experts of one text case, and every method on them (see `text.py` for the suite)."""
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ from torch import Tensor
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
+from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
-from polymerge.bench.rows import training_flops
-from polymerge.bench.text import Detail, given
+from polymerge.bench.text import Detail, even_mixture, given
+from polymerge.bench.text_distil import at_best_rate, operations
 from polymerge.bench.train import Weights
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
-from polymerge.heal import Heal, heal
+from polymerge.heal import Heal
 from polymerge.merge import VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
 from polymerge.methods import fold as folding
 from polymerge.methods._lift import llama_like
@@ -56,12 +56,15 @@ class TextBed:
         self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
         self.recipe = recipe.parse({
             "method": "fold", "anchor": self.detail.anchor, "experts": {n: one.recipe for n, one in found.items()},
-            "size": self.detail.size(sum(self.expert_parameters.values())), "fold": self.detail.fold, "dtype": "float32", "seed": seed,
+            "size": self.detail.size(sum(self.expert_parameters.values())), "fold": self.detail.fold,
+            "dtype": "float32", "seed": seed,
         })  # fmt: skip
         self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
         self.texts = {n: read_skill(n, e.text, field=e.field, seed=seed) for n, e in self.recipe.experts.items()}
         self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
-        self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
+        with Products() as products:
+            self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
+        self.measuring = products.flops
         self.owners = {skill: row["owner"] for skill, row in self.table.items()}
         self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
         self.setting = {
@@ -71,24 +74,22 @@ class TextBed:
         }  # fmt: skip
         self._folded, self._translated = Once(self._fold), Once(self._translate)
 
-    # ------------------------------------------------------------------ ours
-
     def union(self) -> Outcome:
         """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
         return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
 
     def fold(self) -> Outcome:
         """`polymerge merge` without healing."""
-        result, cost = self._folded()
+        (result, flops), cost = self._folded()
         extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
         scores = {skill: row["fold"] for skill, row in result.skills.items()}
-        return Outcome(scores, result.parameters, dict(result.shape), reused=cost, extra=extra)
+        return Outcome(scores, result.parameters, dict(result.shape), flops=flops, reused=cost, extra=extra)
 
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
-        _, cost = self._folded()
+        (_, flops), cost = self._folded()
         outcome = self._distilled(lambda: load_student(self.place / "fold"), self._target())
-        outcome.reused = cost
+        outcome.reused, outcome.flops = cost, (outcome.flops or 0) + flops
         return outcome
 
     # ------------------------------------------------------------------ controls
@@ -105,16 +106,19 @@ class TextBed:
 
     def ensemble(self) -> Outcome:
         """Equal weights at every token."""
-        scores = {}
-        for skill, rows in self.test.items():
-            logs = torch.stack([s.log_probs(rows.tokens) for s in self.sources.values()]).double()
-            nats = float((math.log(len(logs)) - logs.logsumexp(0)).sum())
-            scores[skill] = nats / (math.log(2) * rows.bytes)
+        scores = {skill: even_mixture(self.sources.values(), rows) for skill, rows in self.test.items()}
         return Outcome(scores, sum(self.expert_parameters.values()))
 
     def anchor_distill(self) -> Outcome:
         """The anchor in the fold's shape, or in one that holds it."""
         return self._distilled_anchor()
+
+    def anchor_distill_more(self) -> Outcome:
+        """The fold's operations spent on tokens."""
+        (_, spent), _ = self._folded()
+        budget = plan.parameters(self.family, self._target())
+        tokens = self.detail.heal_tokens
+        return self._distilled_anchor(tokens=tokens + round(tokens * spent / self._training(budget, tokens)))
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
@@ -124,11 +128,15 @@ class TextBed:
         """Weights as transformers draws them."""
         from transformers import AutoModelForCausalLM
 
-        model = load_student(self.place / "fold")
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            fresh = AutoModelForCausalLM.from_config(model.config).float().state_dict()
-        return self._distilled(lambda: _loaded(load_student(self.place / "fold"), fresh), self._target())
+        self._folded()
+        config = load_student(self.place / "fold").config
+
+        def drawn() -> Any:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                return AutoModelForCausalLM.from_config(config).float()
+
+        return self._distilled(drawn, self._target())
 
     def shrink(self) -> Outcome:
         """The anchor alone, folded into the same shape."""
@@ -146,17 +154,21 @@ class TextBed:
 
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows; experts translated first where the method needs llama-like ones."""
-        note, reused = "", (0.0, 0.0)
-        try:
-            target, weights, shape = self._merged_by(method, self.sources)
-        except PreflightError:
-            if all(llama_like(s.spec) for s in self.sources.values()):
-                raise
-            (experts, note), reused = self._translated()
-            target, weights, shape = self._merged_by(method, experts)
+        note, reused, flops = "", (0.0, 0.0), 0
+        with Products() as products:
+            try:
+                target, weights, shape = self._merged_by(method, self.sources)
+            except PreflightError:
+                if all(llama_like(s.spec) for s in self.sources.values()):
+                    raise
+                (experts, note, flops), reused = self._translated()
+                before = products.flops
+                target, weights, shape = self._merged_by(method, experts)
+                flops += products.flops - before
         model = load_student(self._saved("rival", target, weights))
         outcome = self._measured(model, target)
         outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
+        outcome.flops = flops or products.flops
         outcome.extra["validation"] = self._over(model)
         return outcome
 
@@ -170,9 +182,13 @@ class TextBed:
 
     # ------------------------------------------------------------------ parts
 
-    def _fold(self) -> Any:
+    def _fold(self) -> tuple[Any, int]:
+        """The merge, and the operations of its products without those that only measure."""
         self.progress("fold")
-        return merge(self.recipe, self.place / "fold", device=self.device)
+        with Products() as products:
+            listener = Until("test", products)
+            result = merge(self.recipe, self.place / "fold", device=self.device, progress=listener)
+        return result, (listener.flops or products.flops) - self.measuring
 
     def _target(self) -> Spec:
         """The shape that the fold chose; the controls are given it for nothing."""
@@ -190,26 +206,22 @@ class TextBed:
         make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
         return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
 
-    def _translate(self) -> tuple[dict[str, Source], str]:
+    def _translate(self) -> tuple[dict[str, Source], str, int]:
         """The experts, each that is not llama-like folded alone into the result's family at its own size.
 
         In the rivals' favour: none of them could merge it as it is.
         """
-        experts, said = dict(self.sources), []
+        experts, said, spent = dict(self.sources), [], 0
         for name, source in self.sources.items():
             if llama_like(source.spec):
                 continue
-            own, ratio = source.spec, self._target().heads // self._target().kv_heads
-            heads = math.ceil(own.heads / ratio) * ratio
-            width = plan.allowed(self.family, own.width + own.has_constants, heads)
-            shape = replace(
-                self._target(), layers=own.layers, width=width, heads=heads, kv_heads=heads // ratio, mlp=own.mlp
-            )
-            model, _ = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
+            own, shape = source.spec, table.own_size(source.spec, self._target(), self.family)
+            model, _, flops = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
+            spent += flops
             score = bits_per_byte(load_student(model), self.test[name], device=self.device)
             said.append(f"{name} translated from {own.family} by our fold alone first ({score:.4f})")
             experts[name] = Source(model, device=self.device)
-        return experts, ", ".join(said)
+        return experts, ", ".join(said), spent
 
     def _single(self, name: str) -> Outcome:
         source = self.sources[name]
@@ -218,24 +230,25 @@ class TextBed:
 
     def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
         """The fold of these experts into the chosen shape."""
-        folder, knobs = self._folded_alone(experts, skills, self._target())
+        folder, knobs, flops = self._folded_alone(experts, skills, self._target())
         outcome = self._measured(load_student(folder), self._target())
-        outcome.extra["knobs"] = knobs
+        outcome.extra["knobs"], outcome.flops = knobs, flops
         return outcome
 
     def _folded_alone(
         self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
-    ) -> tuple[Path, dict[str, float]]:
-        """A fold of these experts into one shape, nothing else tried: its folder and knobs."""
-        texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
+    ) -> tuple[Path, dict[str, float], int]:
+        """A fold of these experts into one shape, nothing else tried: its folder, knobs and operations."""
         parts: list[tuple[int | None, dict[str, Tensor]]] = []
-        done = folding.fold(
-            list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
-            emit=lambda _: lambda layer, some: parts.append((layer, some)),
-        )  # fmt: skip
-        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs)
+        with Products() as products:
+            texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
+            done = folding.fold(
+                list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
+                emit=lambda _: lambda layer, some: parts.append((layer, some)),
+            )  # fmt: skip
+        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs), products.flops
 
-    def _distilled_anchor(self, guide: Any = None) -> Outcome:
+    def _distilled_anchor(self, guide: Any = None, tokens: int | None = None) -> Outcome:
         """The padded anchor, distilled."""
         anchor = self.sources[self.detail.anchor]
 
@@ -244,38 +257,31 @@ class TextBed:
 
         target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
         folder = self._saved("padded", target, weights)
-        outcome = self._distilled(lambda: load_student(folder), target, guide)
+        outcome = self._distilled(lambda: load_student(folder), target, guide, tokens)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
-    def _distilled(self, student: Callable[[], Any], target: Spec, guide: Any = None) -> Outcome:
+    def _distilled(
+        self, student: Callable[[], Any], target: Spec, guide: Any = None, tokens: int | None = None
+    ) -> Outcome:
         """Heal at each learning rate; measure the best by validation."""
-        settings = Heal(tokens=self.detail.heal_tokens)
+        settings = Heal(tokens=tokens or self.detail.heal_tokens)
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
         held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
         teachers = {name: load_expert(s) for name, s in self.sources.items()}
-        runs = []
-        for lr in self.detail.lrs:
-            self.progress(f"distil at {lr:g}")
-            model = student()
-            done = heal(
-                model, teachers, rows, held, replace(settings, lr=lr), guide=guide, seed=self.seed, device=self.device
-            )
-            runs.append((min(p.worst for p in done.curve), lr, model, done))
-        _, lr, model, done = min(runs, key=lambda run: run[:2])
-        outcome = self._measured(model, target)
-        outcome.tokens, outcome.steps = done.tokens, done.steps
-        share = len(runs) * done.tokens // len(self.sources)  # a row has one teacher, its owner: about equally many
-        taught = [(s.parameters, share) for s in self.sources.values()]
-        outcome.flops = training_flops(
-            plan.parameters(self.family, target), done.tokens, runs=len(runs), teachers=taught
-        )
-        outcome.notes = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
-        outcome.extra = {
-            "lr": lr, "lr_trials": {f"{rate:g}": worst for worst, rate, _, _ in runs},
-            "best_step": done.best_step, "curve": [asdict(point) for point in done.curve],
-        }  # fmt: skip
+        best = at_best_rate(
+            student, teachers, rows, held, settings, self.detail.lrs,
+            guide=guide, seed=self.seed, device=self.device, progress=self.progress,
+        )  # fmt: skip
+        outcome = self._measured(best.model, target)
+        outcome.tokens, outcome.steps = best.done.tokens, best.done.steps
+        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens)
+        outcome.notes, outcome.extra = best.note, best.extra
         return outcome
+
+    def _training(self, parameters: int, tokens: int) -> int:
+        """Operations of healing so many parameters at every learning rate."""
+        return operations(parameters, tokens, len(self.detail.lrs), list(self.expert_parameters.values()))
 
     def _saved(self, name: str, target: Spec, weights: Weights) -> Path:
         folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
@@ -291,8 +297,3 @@ class TextBed:
     def _measured(self, model: Any, target: Spec) -> Outcome:
         scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}
         return Outcome(scores, plan.parameters(self.family, target), table.size_of(target))
-
-
-def _loaded(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    model.load_state_dict(weights)
-    return model
