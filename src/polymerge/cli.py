@@ -277,29 +277,40 @@ def bench(
     epilog=(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge report out/demo/summary.json page.html[/]  the page of a merge\n\n"
-        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html"
+        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html\n\n"
+        "[cyan]polymerge report a.jsonl b.jsonl --out out[/]  the rows of several benchmarks on one page"
     )
 )
 def report(
-    summary: Annotated[
-        Path,
-        typer.Argument(metavar="SUMMARY", help="A merge's summary.json, or the folder of a benchmark."),
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUMMARY [PAGE] | ROWS...",
+            help="A merge's summary.json and its page (report.html); or folders and *.jsonl files of benchmarks.",
+        ),
     ],
+    *,
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="The page of a merge; a benchmark's goes to its folder.")
-    ] = Path("report.html"),
+        Path | None, typer.Option(help="Folder of a benchmark's report.html; default that of the first rows.")
+    ] = None,
+    leaderboard: Annotated[
+        Path | None, typer.Option(help="Where a benchmark's leaderboard goes; default LEADERBOARD.md there.")
+    ] = None,
 ) -> None:
-    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of a benchmark's rows."""
-    if summary.is_dir():
+    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of benchmarks' rows."""
+    if places[0].suffix != ".json":
         from polymerge import bench as package
 
-        leaderboard, page = package.report(summary)
-        typer.echo(f"leaderboard: {leaderboard}\nreport: {page}")
+        board, page = package.report(places, out, leaderboard)
+        typer.echo(f"leaderboard: {board}\nreport: {page}")
         return
     from polymerge.report import html
 
-    html.write(out, html.read(summary))
-    typer.echo(f"report: {out}")
+    if len(places) > 2:  # noqa: PLR2004  a summary and its page
+        raise PolymergeError(f"report: {places[2]}: expected one summary.json and one page")
+    page = places[1] if len(places) > 1 else Path("report.html")
+    html.write(page, html.read(places[0]))
+    typer.echo(f"report: {page}")
 
 
 def _about(package: ModuleType, name: str) -> str:

@@ -148,7 +148,11 @@ def run(bed: Bed, name: str) -> Outcome:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
         return outcome
-    return bed.peer(name) if name in peer.METHODS else tuned(bed, rivals()[name])
+    if name not in peer.METHODS:
+        return tuned(bed, rivals()[name])
+    outcome = bed.peer(name)
+    outcome.notes = "; ".join(filter(None, (peer.SETTINGS[name], outcome.notes)))
+    return outcome
 
 
 def tuned(bed: Bed, method: Any) -> Outcome:
@@ -163,16 +167,25 @@ def tuned(bed: Bed, method: Any) -> Outcome:
     found = [bed.rival(one) for one in made]
     for one, outcome in zip(made, found, strict=True):
         outcome.tokens = getattr(one, "training_tokens", 0)
-    spent = [outcome.flops for outcome in found if outcome.flops is not None]
+        tried = f"best of {len(grid)} by validation" if len(grid) > 1 else ""
+        outcome.notes = "; ".join(filter(None, (_settings(one), tried, outcome.notes)))
     if len(grid) == 1:
         return found[0]
+    spent = [outcome.flops for outcome in found if outcome.flops is not None]
     scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]
-    best = max(range(len(grid)), key=scores.__getitem__)
-    said = ", ".join(f"{key} {value}" for key, value in grid[best].items()) or "its defaults"
-    found[best].notes = "; ".join(filter(None, (f"{said}, best of {len(grid)} by validation", found[best].notes)))
-    found[best].flops = sum(spent) if spent else None
-    found[best].reused = max(outcome.reused for outcome in found)
-    return found[best]
+    best = found[max(range(len(grid)), key=scores.__getitem__)]
+    best.flops = sum(spent) if spent else None
+    best.reused = max(outcome.reused for outcome in found)
+    return best
+
+
+def _settings(method: Any) -> str:
+    """A rival's settings in words."""
+    given = vars(method) if hasattr(method, "__dict__") else {}
+    said = [f"{key} {value}" for key, value in given.items() if key != "weights" and not key.startswith("_")]
+    if "weights" in given:
+        said.insert(0, f"weights {', '.join(map(str, given['weights']))}" if given["weights"] else "equal weights")
+    return ", ".join(said)
 
 
 def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:

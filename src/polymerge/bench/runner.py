@@ -18,7 +18,7 @@ from polymerge.bench import methods as table
 from polymerge.bench.locks import held
 from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
-from polymerge.bench.rows import Row, Store, summarise
+from polymerge.bench.rows import Row, Store, gather, summarise
 from polymerge.clock import Clock
 from polymerge.errors import OutputError, PolymergeError, PreflightError
 from polymerge.progress import Progress, Quiet
@@ -100,16 +100,28 @@ def run(
     return store.read()
 
 
-def report(out: Path | str) -> tuple[Path, Path]:
-    """Write LEADERBOARD.md and report.html from the rows of a folder.
+def report(
+    places: Path | str | Sequence[Path | str], out: Path | str | None = None, leaderboard: Path | str | None = None
+) -> tuple[Path, Path]:
+    """Write the leaderboard and report.html from rows alone; returns both paths.
 
-    Raises OutputError when it has none, or cannot be written.
+    Args:
+        places: folders of benchmarks, or files of rows (`*.jsonl`).
+        out: folder of report.html; default the first of the places, or its folder.
+        leaderboard: where that goes; default LEADERBOARD.md in `out`.
+
+    Raises OutputError: no rows there, or files that cannot be read or written.
     """
-    rows, paths = Store(out).read(), (Path(out) / "LEADERBOARD.md", Path(out) / "report.html")
-    if not rows:
-        raise OutputError(f"{out}: no rows of a benchmark; run `polymerge bench` first")
     from polymerge.report import bench, page
 
+    places = [places] if isinstance(places, str | Path) else list(places)
+    first = Path(places[0])
+    out = Path(out) if out is not None else first.parent if first.is_file() else first
+    paths = Path(leaderboard) if leaderboard is not None else out / "LEADERBOARD.md", out / "report.html"
+    rows = gather(places)
+    if not rows:
+        said = ", ".join(map(str, places))
+        raise OutputError(f"{said}: no rows of a benchmark; run `polymerge bench` first")
     for path, text in zip(paths, (board.write(rows), bench.page(rows)), strict=True):
         page.save(path, text)
     return paths
