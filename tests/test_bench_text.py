@@ -117,6 +117,10 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     named = {name for case in cases for name in case.detail.experts}
     assert named == set(PLANS)
     assert len({PLANS[n].family for n in named}) == 6
+    medium = {c.name: c.detail for c in text.cases("medium")}
+    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum"}
+    [quick] = text.cases("quick")
+    assert all((d.heal_tokens, d.lrs) == (quick.detail.heal_tokens, quick.detail.lrs) for d in medium.values())
 
 
 def test_without_texts_the_shipped_pair_alone_runs_and_one_line_says_so(texts, tmp_path, monkeypatch):

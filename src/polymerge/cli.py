@@ -229,14 +229,14 @@ def demo(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge bench text --profile quick --out out/bench[/]  every method on the demo's experts\n\n"
         "[cyan]polymerge bench modular --methods fold,union --seeds 3[/]  the arithmetic experiment, two methods\n\n"
-        "[cyan]polymerge bench text --profile full --texts TEXTS[/]  experts trained on your own texts first\n\n"
+        "[cyan]polymerge bench text --profile medium --texts TEXTS[/]  experts trained on your own texts first\n\n"
         "Kill it anywhere and run it again: finished rows are neither lost nor repeated."
     )
 )
 def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="modular, text or all.")],
     *,
-    profile: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    profile: Annotated[str, typer.Option(help="quick, medium (text alone) or full.")] = "quick",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
     cases: Annotated[str | None, typer.Option("--case", help="Names, separated by commas; default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
@@ -247,7 +247,7 @@ def bench(
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Folder of texts for the experts of text/full; default what POLYMERGE_TEXTS names."),
+        typer.Option(help="Folder of texts for the experts of text; default what POLYMERGE_TEXTS names."),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

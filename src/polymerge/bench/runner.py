@@ -24,7 +24,7 @@ from polymerge.errors import OutputError, PolymergeError, PreflightError
 from polymerge.progress import Progress, Quiet
 
 SUITES = ("modular", "text")
-PROFILES = ("quick", "full")
+PROFILES = ("quick", "medium", "full")
 Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
 """(case, seed, device, scratch folder, listener) -> bed."""
 
@@ -47,7 +47,7 @@ def run(
 
     Args:
         suite: "modular", "text" or "all".
-        profile: "quick" or "full".
+        profile: "quick", "medium" (text alone) or "full".
         out: folder of `rows.jsonl`, LEADERBOARD.md and report.html.
         methods: names to run; default all that there are.
         seeds: 0, 1, … below it.
@@ -144,6 +144,8 @@ def _named(suite: str) -> tuple[str, ...]:
 def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case], Make, Callable[[Case], str]]:
     """A suite's cases, what makes the bed of one, and what one lacks here (empty: nothing)."""
     if name == "modular":
+        if profile == "medium":
+            raise PolymergeError("bench: modular has no profile medium; profiles: quick, full")
         from polymerge.bench import modular
         from polymerge.bench.modular_bed import ModularBed
 

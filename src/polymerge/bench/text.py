@@ -4,12 +4,12 @@
 these at four sizes, and experts trained on the user's own texts (`text_experts.py`): Shakespeare and Python that differ
 in one axis at a time, pairs over other domains, three and four experts at once. The fold is `polymerge.merge` itself;
 every distilled method heals on the same tokens with the same grid of learning rates, the rate chosen by the worst skill
-on validation text.
+on validation text. `medium`: full's cases at the sum of sizes with quick's healing, for one CPU.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Detail:
         return {"params": parameters if self.budget == "sum" else self.budget}
 
 
-FULL_RATES = (1e-3, 2e-3, 4e-3)
+QUICK: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
+FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 MORE = (
     ("shakespeare", "python/all", "gsm8k"),
@@ -66,21 +67,21 @@ MORE = (
 def cases(profile: str) -> list[Case]:
     """In `quick` one pair at one size; in `full` it at four sizes, the axes, other pairs, three and four experts."""
     if profile == "quick":
-        return [Case("prose+code/1.5x", "text", Detail(heal_tokens=100_000))]
-    found = [
-        Case(f"prose+code/{b}", "text", Detail(budget=b, lrs=FULL_RATES)) for b in ("1.0x", "sum", "1.5x", "union")
-    ]
+        return [Case("prose+code/1.5x", "text", Detail(**QUICK))]
+    found = [Case(f"prose+code/{b}", "text", Detail(budget=b, **FULL)) for b in ("1.0x", "sum", "1.5x", "union")]
     found += [_trained(("shakespeare", f"python/{axis}"), "sum", axis) for axis in text_experts.AXES]
     found += [_trained(("shakespeare", f"python/{axis}"), "1.0x", axis) for axis in ("seed", "all")]
-    found += [_trained(names, budget) for names in PAIRS for budget in ("sum", "1.0x")]
-    return found + [_trained(names, budget) for names in MORE for budget in ("sum", "1.0x")]
+    found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
+    if profile == "full":
+        return found
+    return [replace(case, detail=replace(case.detail, **QUICK)) for case in found if case.detail.budget == "sum"]
 
 
 def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
     """A case of trained experts, named by their domains; the first is the anchor."""
     domains = [text_experts.PLANS[name].domain for name in names]
     title = "/".join(filter(None, ("+".join(domains), axis, budget)))
-    return Case(title, "text", Detail(names, domains[0], budget, axis, lrs=FULL_RATES))
+    return Case(title, "text", Detail(names, domains[0], budget, axis, **FULL))
 
 
 def lacking(case: Case, texts: Path | None) -> str:
