@@ -77,6 +77,9 @@ QUICK = (
     " three, no permutations, one pair of texts at one size, and less healing than the full profile: a smoke test of"
     " the claims, no proof."
 )
+MEDIUM = (
+    "The medium profile has full's text cases at one size, with quick's healing: a quarter of the tokens, two rates."
+)
 FAVOUR = (
     "Controls and rivals take the fold's shape. Where they cannot, they get the least shape that holds the experts,"
     " with more parameters if need be: in their favour, and said in their notes."
@@ -109,6 +112,7 @@ def preface(rows: Sequence[Row]) -> str:
     parts = ["Made from the rows by `polymerge report`; edit nothing here."]
     parts += [FAVOUR]
     parts += [QUICK] if any(r.profile == "quick" for r in rows) else []
+    parts += [MEDIUM] if any(r.profile == "medium" for r in rows) else []
     return "\n\n".join([*parts, "\n".join([*lines, f"- versions: {', '.join(versions)}", f"- rows: {len(rows)}"])])
 
 
