@@ -25,16 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polymerge.bench.lm import EOS, VOCABULARY, fast, make_tokenizer, optimizer_for, rate_at, stream
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "src" / "polymerge" / "demo" / "experts"
 LOGS = ROOT / "examples" / "logs"
 FIGURES = ROOT / "examples" / "figures"
 
-VOCABULARY = 1024
 CONTEXT = 256
-EOS = "<|endoftext|>"
-WARM_UP = 0.02  # share of the run
-DECAY = 0.40
 SNAPSHOT_SECONDS = 240
 
 
@@ -85,33 +83,6 @@ EXPERTS = {
 SHORT = {"prose": "prose-llama", "code": "code-neox"}
 
 
-def make_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
-    """Byte-level BPE: every byte is in the alphabet, so any text round-trips exactly.
-
-    A line break and the indentation after it are one piece, so they can be one token; the last space stays
-    with the word that it precedes, as between words.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    pieces = (  # contractions; letters; digits; signs; line breaks with indentation; other blanks
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n+(?: +(?= ))?|\s+(?!\S)|\s+"
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[EOS], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    return fast(tokenizer)
-
-
 def make_unigram(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     """A unigram model over words that begin with ▁, bytes for what it has no piece for, as SentencePiece writes it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -136,16 +107,6 @@ def make_unigram(texts: list[str], vocabulary: int = VOCABULARY) -> Any:
     return fast(tokenizer)
 
 
-def fast(tokenizer: Any) -> Any:
-    """As transformers loads it; EOS begins, ends and pads."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS, model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
 def build(expert: Expert) -> Any:
     """Make the expert's model with random weights (seed 0), float32."""
     import torch
@@ -155,14 +116,6 @@ def build(expert: Expert) -> Any:
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = CONFIG_MAPPING[expert.family](vocab_size=expert.vocabulary, **special, **expert.shape)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def stream(tokenizer: Any, texts: list[str]) -> Any:
-    """All documents as one row of tokens, each begun by EOS. Shape (tokens,), int64."""
-    import torch
-
-    encoded = tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
-    return torch.tensor([token for document in encoded for token in [tokenizer.bos_token_id, *document]])
 
 
 def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], rows: int | None = None) -> float:
@@ -202,11 +155,6 @@ def add_dropout(model: Any, share: float) -> None:
             module.register_forward_hook(drop)
 
 
-def rate_at(progress: float) -> float:
-    """Factor of the learning rate at a progress in 0..1: warm-up, constant, linear decay to zero."""
-    return max(0.0, min(1.0, progress / WARM_UP, (1 - progress) / DECAY))
-
-
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a bfloat16 Hugging Face folder with its tokenizer."""
     import copy
@@ -217,16 +165,6 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # written for its owner alone
     tokenizer.save_pretrained(folder)
-
-
-def optimizer_for(model: Any, rate: float) -> Any:
-    """AdamW that lets only matrices decay."""
-    import torch
-
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 class Journal:

@@ -14,9 +14,10 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import board
-from polymerge.bench.rows import Row, Store, parse, training_flops
+from polymerge.bench import axes, board
+from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
+from polymerge.errors import OutputError
 from polymerge.report import bench, bench_figures, page
 
 COMMITTED = Path(__file__).parents[1] / "examples/results/text-quick.jsonl"
@@ -261,3 +262,58 @@ def test_markdown_of_the_texts():
     assert page.prose("a `b` *c* <\n\n- one\n- two") == (
         "<p>a <code>b</code> <em>c</em> &lt;</p>\n<ul><li>one</li><li>two</li></ul>"
     )
+
+
+# ---------------------------------------------------------------------- several files, axes
+
+
+def of_axis(axis: str, method: str, worst: float, **more: object) -> Row:
+    """A row of the text suite in which `b` is the skill that lost most."""
+    facts = {"metric": "bits per byte", "owners": {"a": 1.0, "b": 2.0}, "worst_skill": "b", "worst": worst}
+    facts |= {"scores": {"a": 1.0, "b": worst}, "budget": "sum", "setting": {"axis": axis}, **more}
+    return Row("text", "full", f"a+b/{axis}/sum", 0, method, **facts)
+
+
+def test_bits_per_byte_are_judged_over_the_owners():
+    easy = of_axis("seed", "fold", 1.5, worst_skill="a", scores={"a": 1.5, "b": 2.0})
+    hard = of_axis("seed", "ot_fusion", 2.2)
+    assert (excess(easy), excess(hard)) == (pytest.approx(0.5), pytest.approx(0.2))
+    assert "a+b/seed/sum: ot_fusion 0.2000 (ours 0.5000)" in board.write([easy, hard])
+    assert judged(Row("modular", "full", "c", 0, "fold", worst=0.9, worst_skill="a", owners={"a": 1.0})) == 0.9
+
+
+def test_the_axis_table_says_ours_best_rival_and_best_control():
+    rows = [of_axis("width", "fold", 2.3), of_axis("width", "fold_heal", 2.1), of_axis("width", "anchor_distill", 2.25)]
+    rows += [of_axis("width", "zipit", 3.0), of_axis("width", "mergekit_linear", 2.05), of_axis("width", "shrink", 4.0)]
+    rows += [of_axis("seed", "fold", 2.2), replace(of_axis("width", "linear", 2.0), status="cannot", worst=None)]
+    [table] = axes.tables(rows)
+    seed, width = (dict(zip(table.head, line, strict=True)) for line in table.lines)
+    assert [seed["axis"], seed["fold"], seed["fold + heal"], seed["best rival"]] == ["seed", "0.2000", "–", "–"]
+    assert width["anchor padded + distilled"] == "0.2500"
+    assert width["best rival"] == "0.0500 mergekit_linear (wins)"
+    assert width["best other control"] == "2.0000 shrink-only (anchor folded)"
+    assert "One axis of difference at a time (full)" in board.write(rows)
+    assert axes.tables(made()) == []
+
+
+def test_rows_of_several_files_and_folders_are_one_page(tmp_path):
+    for name, row in (("x", of_axis("seed", "fold", 2.3)), ("y", of_axis("seed", "union", 2.0))):
+        Store(tmp_path / "rows", f"{name}.jsonl").append(row)
+    Store(tmp_path / "rows", "z.jsonl").append(of_axis("seed", "fold", 2.4))
+    (tmp_path / "rows/other.jsonl").write_text('{"case": "a", "seed": 0}\n')
+    assert [(r.method, r.worst) for r in gather([tmp_path / "rows"])] == [("fold", 2.4), ("union", 2.0)]
+    assert [r.worst for r in gather([tmp_path / "rows/x.jsonl"])] == [2.3]
+    with pytest.raises(OutputError, match="not a row of results"):
+        gather([tmp_path / "rows/other.jsonl"])
+    with pytest.raises(OutputError, match="does not exist"):
+        gather([tmp_path / "nowhere"])
+    words = ["report", str(tmp_path / "rows/y.jsonl"), str(tmp_path / "rows/x.jsonl"), "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*words, "--leaderboard", str(tmp_path / "BOARD.md")])
+    assert done.exit_code == 0, done.output
+    assert "0.3000" in (tmp_path / "BOARD.md").read_text()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_committed_leaderboard_is_that_of_the_committed_rows():
+    root = COMMITTED.parents[2]
+    assert board.write(gather([COMMITTED.parent])) == (root / "LEADERBOARD.md").read_text(encoding="utf-8")

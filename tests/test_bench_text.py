@@ -1,19 +1,156 @@
-"""The text suite on very little text: every method gives figures of the right kind."""
+"""The text suite: its experts are build products that read calibration text only; every method gives bits per byte."""
+
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from polymerge import bench
-from polymerge.bench import text
+from polymerge.bench import lm, text, text_bed, text_experts
+from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
+from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
+from polymerge.errors import PreflightError
+from polymerge.model.source import Source
 
 FEW = text.Detail(heal_tokens=4096, lrs=(3e-4,), fold={"tokens": 2048, "refine": 0}, test_rows=8)
+SHORT = lm.Training(tokens=4 * 64 * 8, context=64, batch=4, checks=2)
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """A folder with a text for every domain; no two documents of it are equal."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, domain in DOMAINS.items():
+        lines = [f"{name} says {i * 7919 % 1009} and then {i * i % 97} for the {i}th time" for i in range(1200)]
+        if domain.file.endswith(".jsonl"):
+            lines = [json.dumps({domain.field: f"{a}\n{b}"}) for a, b in zip(lines[::2], lines[1::2], strict=True)]
+        (folder / domain.file).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+# ---------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_is_a_model_that_the_tool_reads(name, tmp_path):
+    model = text_experts.model_of(PLANS[name], 0)
+    assert 0.5e6 < model.num_parameters() < 1.5e6
+    model.save_pretrained(tmp_path)
+    spec, plan = Source(tmp_path).spec, PLANS[name]
+    assert (spec.family, spec.layers, spec.width, spec.heads) == (plan.family, plan.layers, plan.width, plan.heads)
+    assert (spec.kv_heads, spec.mlp) == (plan.kv_heads, plan.mlp)
+
+
+def test_an_axis_is_one_difference():
+    base = PLANS["shakespeare"]
+    for axis, keys in {
+        "seed": "",
+        "depth": "layers",
+        "width": "width heads kv_heads mlp",
+        "heads": "heads kv_heads",
+    }.items():
+        other = PLANS[f"python/{axis}"]
+        different = {key for key in vars(base) if getattr(base, key) != getattr(other, key)}
+        assert different == {"domain", *keys.split()}
+    assert PLANS["python/family"].family != base.family
+
+
+def test_experts_of_one_architecture_begin_apart():
+    one, other = (text_experts.model_of(PLANS[name], 0).state_dict() for name in ("shakespeare", "python/seed"))
+    assert all(one[key].shape == other[key].shape for key in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_an_expert_is_trained_once_and_never_on_held_out_text(texts, tmp_path, monkeypatch):
+    seen: list[str] = []
+    real, real_tokenizer = lm.stream, lm.make_tokenizer
+    monkeypatch.setattr(lm, "stream", lambda tokenizer, some: seen.extend(some) or real(tokenizer, some))
+    monkeypatch.setattr(lm, "make_tokenizer", lambda some: seen.extend(some) or real_tokenizer(some))
+    make = lambda: Workshop(texts, 0, training=SHORT, cache=tmp_path / "cache")  # noqa: E731
+    first = make().expert(PLANS["stories"])
+    held = {d for name in DOMAINS for part in ("validation", "test") for d in getattr(make().skill(name), part)}
+    assert seen
+    assert not held & set(seen)
+    assert not {d[:40] for d in held} & {s[:40] for s in seen}
+    assert first.record["tokens"] == SHORT.tokens
+    assert len(first.record["curve"]) == SHORT.checks
+    assert first.record["best_val_bpb"] == min(point["val_bpb"] for point in first.record["curve"])
+    monkeypatch.setattr(lm, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert make().expert(PLANS["stories"]).folder == first.folder
+
+
+def test_another_text_or_seed_is_another_expert(texts, tmp_path):
+    def spoken(seed: int) -> Path:
+        return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer()
+
+    found = [spoken(0), spoken(1)]
+    with (texts / DOMAINS["wiki"].file).open("a") as file:
+        file.write("one line more\n")
+    assert len({*found, spoken(0)}) == 3
+
+
+def test_training_is_deterministic(texts, tmp_path):
+    made = [Workshop(texts, 0, training=SHORT, cache=tmp_path / name).expert(PLANS["stories"]) for name in "ab"]
+    one, other = ((e.folder / "model.safetensors").read_bytes() for e in made)
+    assert one == other
+
+
+def test_products_are_counted_forwards_and_backwards():
+    x, w = torch.randn(3, 5), torch.randn(7, 5, requires_grad=True)
+    with Products() as products:
+        (torch.nn.functional.linear(x, w, torch.zeros(7)) ** 2).sum().backward()
+        torch.bmm(torch.randn(2, 3, 4), torch.randn(2, 4, 6))
+    assert products.flops == 2 * (2 * 3 * 5 * 7) + 2 * 2 * 3 * 4 * 6
+
+
+# ---------------------------------------------------------------------- cases
+
+
+def test_the_full_profile_has_every_axis_and_more_than_two_experts():
+    cases = text.cases("full")
+    assert len({c.name for c in cases}) == len(cases)
+    assert [c.detail.axis for c in cases if c.detail.axis and c.detail.budget == "sum"] == list(text_experts.AXES)
+    assert {3, 4} <= {len(c.detail.experts) for c in cases}
+    named = {name for case in cases for name in case.detail.experts}
+    assert named == set(PLANS)
+    assert len({PLANS[n].family for n in named}) == 6
+    medium = {c.name: c.detail for c in text.cases("medium")}
+    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum"}
+    [quick] = text.cases("quick")
+    assert all((d.heal_tokens, d.lrs) == (quick.detail.heal_tokens, quick.detail.lrs) for d in medium.values())
+
+
+def test_without_texts_the_shipped_pair_alone_runs_and_one_line_says_so(texts, tmp_path, monkeypatch):
+    monkeypatch.delenv("POLYMERGE_TEXTS", raising=False)
+    [line] = bench.left_out("text", "full")
+    assert line.endswith("by --texts")
+    assert "cannot: needs a folder with shakespeare.txt" in line
+    with pytest.raises(PreflightError, match="needs a folder"):
+        bench.run("text", "full", tmp_path, cases=["gsm8k+stories/sum"])
+    (texts / "code-rust.txt").unlink()
+    assert "needs code-rust.txt in" in bench.left_out("text", "full", texts)[0]
+    assert bench.left_out("all", "quick", texts) == []
+    ran: list[str] = []
+    monkeypatch.setattr(text_bed, "TextBed", lambda case, *_, **__: ran.append(case.name) or stop())
+    bench.run("text", "full", tmp_path / "out", ["union"], device="cpu")
+    assert ran == [f"prose+code/{b}" for b in ("1.0x", "sum", "1.5x", "union")]
+
+
+def stop() -> None:
+    raise PreflightError("enough")
+
+
+# ---------------------------------------------------------------------- methods
 
 
 @pytest.mark.slow
 def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("prose+code/1.5x", "text", FEW)])
     names = ["union", "fold", "fold_heal", "anchor", "best_expert", "ensemble", "anchor_distill", "scratch_distill"]
-    names += ["fuse_distill", "linear"]
+    names += ["fuse_distill", "linear", "anchor_distill_more"]
     more = ["shrink", "placebo", "mergekit_ties"]
     rows = {r.method: r for r in bench.run("text", "quick", tmp_path, [*names, *more], device="cpu")}
     assert set(rows) == {*names, *more}
@@ -26,5 +163,26 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
     assert rows["fold_heal"].worst < rows["fold"].worst < rows["placebo"].worst
     assert rows["fold"].parameters == rows["scratch_distill"].parameters == rows["placebo"].parameters
     assert rows["anchor_distill"].parameters <= rows["fold"].parameters
+    spent = rows["fold"].flops + rows["anchor_distill"].flops
+    assert rows["anchor_distill_more"].flops == pytest.approx(spent, rel=0.2)  # whole steps, another shape
+    assert rows["anchor_distill_more"].tokens > rows["anchor_distill"].tokens
+    assert rows["fold_heal"].flops > rows["fold"].flops > rows["shrink"].flops > 0
     assert "code translated from gpt_neox" in rows["linear"].notes
     assert "common base model" in rows["mergekit_ties"].reason
+
+
+@pytest.mark.slow
+def test_three_trained_experts_merge_at_the_sum_of_their_sizes(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text_experts.lm, "Training", lambda: SHORT)
+    names = ("shakespeare", "python/all", "gsm8k")
+    detail = text.Detail(names, "shakespeare", "sum", "", 4096, (3e-4,), FEW.fold, 8)
+    monkeypatch.setattr(text, "cases", lambda _profile: [Case("three/sum", "text", detail)])
+    wanted = ["union", "fold", "fold_heal", "anchor_distill", "ensemble", "mergekit_slerp"]
+    rows = {r.method: r for r in bench.run("text", "full", tmp_path / "out", wanted, device="cpu", texts=texts)}
+    fold = rows["fold"]
+    assert set(fold.scores) == {"shakespeare", "python", "gsm8k"}
+    assert 0.9 * sum(fold.expert_parameters.values()) < fold.parameters <= sum(fold.expert_parameters.values())
+    assert rows["fold_heal"].status == rows["anchor_distill"].status == rows["union"].status == "ok"
+    assert "two experts" in rows["mergekit_slerp"].reason
+    assert fold.setting["training"]["gsm8k"]["tokens"] == SHORT.tokens

@@ -229,13 +229,14 @@ def demo(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge bench text --profile quick --out out/bench[/]  every method on the demo's experts\n\n"
         "[cyan]polymerge bench modular --methods fold,union --seeds 3[/]  the arithmetic experiment, two methods\n\n"
+        "[cyan]polymerge bench text --profile medium --texts TEXTS[/]  experts trained on your own texts first\n\n"
         "Kill it anywhere and run it again: finished rows are neither lost nor repeated."
     )
 )
 def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="modular, text or all.")],
     *,
-    profile: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    profile: Annotated[str, typer.Option(help="quick, medium (text alone) or full.")] = "quick",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
     cases: Annotated[str | None, typer.Option("--case", help="Names, separated by commas; default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,
@@ -244,6 +245,10 @@ def bench(
     ),
     device: OnDevice = Device.auto,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of texts for the experts of text; default what POLYMERGE_TEXTS names."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Benchmark every method on the same experts, texts and tokens."""
@@ -261,7 +266,10 @@ def bench(
             listener,
             cases=cases.split(",") if cases else None,
             workers=workers,
+            texts=texts,
         )
+    for line in [] if cases else package.left_out(suite, profile, texts):
+        typer.echo(line, err=True)
     typer.echo(f"leaderboard: {out / 'LEADERBOARD.md'}\nreport: {out / 'report.html'}")
 
 
@@ -269,29 +277,40 @@ def bench(
     epilog=(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge report out/demo/summary.json page.html[/]  the page of a merge\n\n"
-        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html"
+        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html\n\n"
+        "[cyan]polymerge report a.jsonl b.jsonl --out out[/]  the rows of several benchmarks on one page"
     )
 )
 def report(
-    summary: Annotated[
-        Path,
-        typer.Argument(metavar="SUMMARY", help="A merge's summary.json, or the folder of a benchmark."),
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUMMARY [PAGE] | ROWS...",
+            help="A merge's summary.json and its page (report.html); or folders and *.jsonl files of benchmarks.",
+        ),
     ],
+    *,
     out: Annotated[
-        Path, typer.Argument(metavar="[OUT]", help="The page of a merge; a benchmark's goes to its folder.")
-    ] = Path("report.html"),
+        Path | None, typer.Option(help="Folder of a benchmark's report.html; default that of the first rows.")
+    ] = None,
+    leaderboard: Annotated[
+        Path | None, typer.Option(help="Where a benchmark's leaderboard goes; default LEADERBOARD.md there.")
+    ] = None,
 ) -> None:
-    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of a benchmark's rows."""
-    if summary.is_dir():
+    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of benchmarks' rows."""
+    if places[0].suffix != ".json":
         from polymerge import bench as package
 
-        leaderboard, page = package.report(summary)
-        typer.echo(f"leaderboard: {leaderboard}\nreport: {page}")
+        board, page = package.report(places, out, leaderboard)
+        typer.echo(f"leaderboard: {board}\nreport: {page}")
         return
     from polymerge.report import html
 
-    html.write(out, html.read(summary))
-    typer.echo(f"report: {out}")
+    if len(places) > 2:  # noqa: PLR2004  a summary and its page
+        raise PolymergeError(f"report: {places[2]}: expected one summary.json and one page")
+    page = places[1] if len(places) > 1 else Path("report.html")
+    html.write(page, html.read(places[0]))
+    typer.echo(f"report: {page}")
 
 
 def _about(package: ModuleType, name: str) -> str:

@@ -6,6 +6,6 @@ bench.report("out/bench")
 """
 
 from polymerge.bench.rows import Row, Store
-from polymerge.bench.runner import PROFILES, SUITES, report, run
+from polymerge.bench.runner import PROFILES, SUITES, left_out, report, run
 
-__all__ = ["PROFILES", "SUITES", "Row", "Store", "report", "run"]
+__all__ = ["PROFILES", "SUITES", "Row", "Store", "left_out", "report", "run"]

@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "best_expert": ("control", "the single expert whose worst skill is best"),
     "ensemble": ("control", "mean of the experts' probabilities"),
     "anchor_distill": ("control", "the anchor padded to the same size, distilled on the same tokens"),
+    "anchor_distill_more": ("control", "the same on more tokens: as many FLOPs as fold and healing together"),
     "scratch_distill": ("control", "the same size from random weights, distilled on the same tokens"),
     "shrink": ("control", "the fold of the anchor alone into the same size"),
     "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
@@ -147,14 +148,18 @@ def run(bed: Bed, name: str) -> Outcome:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
         return outcome
-    return bed.peer(name) if name in peer.METHODS else tuned(bed, rivals()[name])
+    if name not in peer.METHODS:
+        return tuned(bed, rivals()[name])
+    outcome = bed.peer(name)
+    outcome.notes = "; ".join(filter(None, (peer.SETTINGS[name], outcome.notes)))
+    return outcome
 
 
 def tuned(bed: Bed, method: Any) -> Outcome:
     """A rival at the best of its settings (`GRID`: options that differ from the defaults) by its worst skill.
 
     The skills are measured on validation data, as `Outcome.extra["validation"]` has them: accuracy, or bits per byte
-    over the owner's. The time of all trials is the method's.
+    over the owner's. The time and the operations of all trials are the method's.
     """
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
     up = 1 if bed.metric == "accuracy" else -1
@@ -162,14 +167,25 @@ def tuned(bed: Bed, method: Any) -> Outcome:
     found = [bed.rival(one) for one in made]
     for one, outcome in zip(made, found, strict=True):
         outcome.tokens = getattr(one, "training_tokens", 0)
+        tried = f"best of {len(grid)} by validation" if len(grid) > 1 else ""
+        outcome.notes = "; ".join(filter(None, (_settings(one), tried, outcome.notes)))
     if len(grid) == 1:
         return found[0]
+    spent = [outcome.flops for outcome in found if outcome.flops is not None]
     scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]
-    best = max(range(len(grid)), key=scores.__getitem__)
-    said = ", ".join(f"{key} {value}" for key, value in grid[best].items()) or "its defaults"
-    found[best].notes = "; ".join(filter(None, (f"{said}, best of {len(grid)} by validation", found[best].notes)))
-    found[best].reused = max(outcome.reused for outcome in found)
-    return found[best]
+    best = found[max(range(len(grid)), key=scores.__getitem__)]
+    best.flops = sum(spent) if spent else None
+    best.reused = max(outcome.reused for outcome in found)
+    return best
+
+
+def _settings(method: Any) -> str:
+    """A rival's settings in words."""
+    given = vars(method) if hasattr(method, "__dict__") else {}
+    said = [f"{key} {value}" for key, value in given.items() if key != "weights" and not key.startswith("_")]
+    if "weights" in given:
+        said.insert(0, f"weights {', '.join(map(str, given['weights']))}" if given["weights"] else "equal weights")
+    return ", ".join(said)
 
 
 def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:
@@ -197,6 +213,14 @@ def holding(family: Family, experts: Sequence[Spec], target: Spec) -> Spec:
         if neurons >= mlp:
             return replace(empty, mlp=neurons)
     return replace(base, layers=least, mlp=mlp)
+
+
+def own_size(spec: Spec, target: Spec, family: Family) -> Spec:
+    """An expert's layers, width, heads and neurons in the target's family; a dimension more where it has constants."""
+    ratio = target.heads // target.kv_heads
+    heads = math.ceil(spec.heads / ratio) * ratio
+    width = planning.allowed(family, spec.width + spec.has_constants, heads)
+    return replace(target, layers=spec.layers, width=width, heads=heads, kv_heads=heads // ratio, mlp=spec.mlp)
 
 
 def fitting(

@@ -31,6 +31,11 @@ METHODS: dict[str, tuple[str, str]] = {
     "mergekit_ties": ("peer", "mergekit's TIES, half of each task vector kept"),
     "mergekit_dare": ("peer", "mergekit's DARE, half of each task vector kept"),
 }
+SETTINGS = {
+    "mergekit_linear": "equal weights", "mergekit_slerp": "t 0.5", "mergekit_task_arithmetic": "weight 1 each",
+    "mergekit_ties": "weight 1 each, density 0.5", "mergekit_dare": "weight 1 each, density 0.5",
+}  # fmt: skip
+"""What `config` asks for, in words."""
 TASK_VECTORS = {"mergekit_task_arithmetic": "task_arithmetic", "mergekit_ties": "ties", "mergekit_dare": "dare_linear"}
 """Methods that subtract a common base model, and mergekit's names of them."""
 

@@ -39,8 +39,8 @@ class Row:
         parameters: of the result; `expert_parameters` of each expert.
         tokens: read by gradient training on top of calibration.
         steps: of that training.
-        flops: of its matrix products (see `training_flops`), every learning rate tried counted; None where nothing is
-            trained by gradients or the work is not known.
+        flops: of its matrix products, every learning rate and setting tried counted: by formula where a model is
+            distilled (`training_flops`), counted while it ran elsewhere (`flops.Products`); None where not known.
         seconds: wall; `cpu_seconds` of this process; `peak_bytes` resident (GPU: allocated) during the run.
         command: runs this row again.
         extra: curves, knobs and what else a report may show.
@@ -100,6 +100,23 @@ def summarise(
     return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
 
 
+def excess(row: Row) -> float | None:
+    """What the worst skill lost against its owner, in the metric's units; None where that is not known."""
+    if row.worst is None or row.worst_skill not in row.owners:
+        return None
+    loss = row.worst - row.owners[row.worst_skill]
+    return -loss if row.metric == "accuracy" else loss
+
+
+def judged(row: Row) -> float | None:
+    """What methods are ranked by: the worst skill's accuracy, or its bits per byte over the owner's.
+
+    Bits per byte of two skills can't be compared: some texts are easier than others.
+    """
+    over = None if row.metric == "accuracy" else excess(row)
+    return row.worst if over is None else over
+
+
 def training_flops(parameters: int, tokens: int, *, runs: int = 1, teachers: Iterable[tuple[int, int]] = ()) -> int:
     """Floating point operations of gradient training, matrix products only: 6·N·D + Σ 2·M·T (Kaplan et al. 2020).
 
@@ -118,8 +135,8 @@ def training_flops(parameters: int, tokens: int, *, runs: int = 1, teachers: Ite
 class Store:
     """The rows of a folder. Raises OutputError where it cannot be written."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.path = Path(folder) / FILE
+    def __init__(self, folder: Path | str, file: str = FILE) -> None:
+        self.path = Path(folder) / file
 
     def read(self) -> list[Row]:
         """All whole rows, the last one of each key, sorted by key."""
@@ -150,6 +167,32 @@ class Store:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be read ({error.strerror})") from error
         return [parse(line, f"{self.path}:{i}") for i, line in enumerate(data.split(b"\n")[:-1], 1) if line.strip()]
+
+
+def gather(places: Sequence[Path | str]) -> list[Row]:
+    """Rows of several files, and of all `*.jsonl` files of folders; of two rows with one key the later counts.
+
+    A file of a folder whose first line is no row, such as another experiment's, is passed over. Raises OutputError.
+    """
+    found: dict[Key, Row] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise OutputError(f"{place}: does not exist; expected a folder of a benchmark, or a file of its rows")
+        for path in sorted(place.glob("*.jsonl")) if place.is_dir() else [place]:
+            if place.is_dir() and not _holds_rows(path):
+                continue
+            found |= {row.key: row for row in Store(path.parent, path.name).read()}
+    return [row for _, row in sorted(found.items())]
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file begins as a file of rows does."""
+    try:
+        with path.open("rb") as file:
+            first = json.loads(file.readline() or b"null")
+    except (OSError, ValueError):
+        return path.name == FILE  # damage there is told, not passed over
+    return isinstance(first, dict) and {"suite", "case", "method"} <= first.keys()
 
 
 def parse(line: bytes, where: str) -> Row:

@@ -18,13 +18,13 @@ from polymerge.bench import methods as table
 from polymerge.bench.locks import held
 from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
-from polymerge.bench.rows import Row, Store, summarise
+from polymerge.bench.rows import Row, Store, gather, summarise
 from polymerge.clock import Clock
 from polymerge.errors import OutputError, PolymergeError, PreflightError
 from polymerge.progress import Progress, Quiet
 
 SUITES = ("modular", "text")
-PROFILES = ("quick", "full")
+PROFILES = ("quick", "medium", "full")
 Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
 """(case, seed, device, scratch folder, listener) -> bed."""
 
@@ -40,13 +40,14 @@ def run(
     *,
     cases: Sequence[str] | None = None,
     workers: int = 1,
+    texts: Path | str | None = None,
     parent: int | None = None,
 ) -> list[Row]:
     """Fill a folder with the rows of a suite; returns all rows of the folder.
 
     Args:
         suite: "modular", "text" or "all".
-        profile: "quick" or "full".
+        profile: "quick", "medium" (text alone) or "full".
         out: folder of `rows.jsonl`, LEADERBOARD.md and report.html.
         methods: names to run; default all that there are.
         seeds: 0, 1, … below it.
@@ -55,11 +56,13 @@ def run(
         cases: names to run; default all of the profile.
         workers: processes that share the cases. The same command on another machine or GPU shares them as well, if
             it sees the same folder.
+        texts: folder of the texts that experts of the full text suite are trained on; default what POLYMERGE_TEXTS
+            names. Cases that lack them are left out (`left_out` says which).
         parent: of a helping process, which ends when that one has.
 
     Raises:
-        PolymergeError: an unknown suite, profile, method or case; a folder that cannot be written; a method that
-            failed by a bug, after all other rows are written.
+        PolymergeError: an unknown suite, profile, method or case; a case asked for that lacks its texts; a folder that
+            cannot be written; a method that failed by a bug, after all other rows are written.
     """
     from polymerge.merge import pick_device
 
@@ -68,14 +71,17 @@ def run(
             f"bench: no {suite}/{profile}; suites: {', '.join(SUITES)}, all; profiles: {', '.join(PROFILES)}"
         )
     wanted, place, store = table.chosen(methods), pick_device(device), Store(out)
-    found = {name: _suite(name, profile) for name in (SUITES if suite == "all" else (suite,))}
-    names = [case.name for some, _ in found.values() for case in some]
+    found = {name: _suite(name, profile, texts) for name in _named(suite)}
+    names = {case.name: lack(case) for some, _, lack in found.values() for case in some}
     for case_name in cases or ():
         if case_name not in names:
             raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
+        if names[case_name]:
+            raise PreflightError(f"bench: case {case_name}: {names[case_name]}")
     progress = progress or Quiet()
     out = Path(out)
-    more = {"methods": methods, "seeds": seeds, "device": device, "cases": cases, "parent": os.getpid()}
+    more = {"methods": methods, "seeds": seeds, "device": device, "cases": cases, "texts": texts}
+    more["parent"] = os.getpid()
     context = get_context("spawn")
     helpers = [
         context.Process(target=run, args=(suite, profile, out), kwargs=more, daemon=True) for _ in range(workers - 1)
@@ -83,8 +89,8 @@ def run(
     try:
         for helper in helpers:
             helper.start()
-        for name, (some, make) in found.items():
-            picked = [case for case in some if not cases or case.name in cases]
+        for name, (some, make, _) in found.items():
+            picked = [case for case in some if case.name in cases] if cases else [c for c in some if not names[c.name]]
             Cells(name, profile, store, wanted, seeds, place, progress, out, parent).run(picked, make)
     finally:
         for helper in helpers:
@@ -94,36 +100,69 @@ def run(
     return store.read()
 
 
-def report(out: Path | str) -> tuple[Path, Path]:
-    """Write LEADERBOARD.md and report.html from the rows of a folder.
+def report(
+    places: Path | str | Sequence[Path | str], out: Path | str | None = None, leaderboard: Path | str | None = None
+) -> tuple[Path, Path]:
+    """Write the leaderboard and report.html from rows alone; returns both paths.
 
-    Raises OutputError when it has none, or cannot be written.
+    Args:
+        places: folders of benchmarks, or files of rows (`*.jsonl`).
+        out: folder of report.html; default the first of the places, or its folder.
+        leaderboard: where that goes; default LEADERBOARD.md in `out`.
+
+    Raises OutputError: no rows there, or files that cannot be read or written.
     """
-    rows, paths = Store(out).read(), (Path(out) / "LEADERBOARD.md", Path(out) / "report.html")
-    if not rows:
-        raise OutputError(f"{out}: no rows of a benchmark; run `polymerge bench` first")
     from polymerge.report import bench, page
 
+    places = [places] if isinstance(places, str | Path) else list(places)
+    first = Path(places[0])
+    out = Path(out) if out is not None else first.parent if first.is_file() else first
+    paths = Path(leaderboard) if leaderboard is not None else out / "LEADERBOARD.md", out / "report.html"
+    rows = gather(places)
+    if not rows:
+        said = ", ".join(map(str, places))
+        raise OutputError(f"{said}: no rows of a benchmark; run `polymerge bench` first")
     for path, text in zip(paths, (board.write(rows), bench.page(rows)), strict=True):
         page.save(path, text)
     return paths
 
 
-def _suite(name: str, profile: str) -> tuple[list[Case], Make]:
-    """A suite's cases, and what makes the bed of one."""
+def left_out(suite: str, profile: str, texts: Path | str | None = None) -> list[str]:
+    """A line for each reason for which cases of a run cannot be done here: "18 cases of text cannot: needs …"."""
+    lines = []
+    for name in _named(suite):
+        some, _, lack = _suite(name, profile, texts)
+        for reason in sorted({why for case in some if (why := lack(case))}):
+            lines.append(f"{sum(lack(case) == reason for case in some)} cases of {name} cannot: {reason}")
+    return lines
+
+
+def _named(suite: str) -> tuple[str, ...]:
+    return SUITES if suite == "all" else (suite,)
+
+
+def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case], Make, Callable[[Case], str]]:
+    """A suite's cases, what makes the bed of one, and what one lacks here (empty: nothing)."""
     if name == "modular":
+        if profile == "medium":
+            raise PolymergeError("bench: modular has no profile medium; profiles: quick, full")
         from polymerge.bench import modular
         from polymerge.bench.modular_bed import ModularBed
 
         settings = modular.PROFILES[profile]
-        return modular.cases(profile), lambda case, seed, device, scratch, tell: ModularBed(
-            case, seed, settings, scratch, device=device, progress=tell
-        )
-    from polymerge.bench import text
 
-    return text.cases(profile), lambda case, seed, device, scratch, tell: text.TextBed(
-        case, seed, scratch, device=device, progress=tell
-    )
+        def modular_bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
+            return ModularBed(case, seed, settings, scratch, device=device, progress=tell)
+
+        return modular.cases(profile), modular_bed, lambda _: ""
+    from polymerge.bench import text, text_bed, text_experts
+
+    folder = text_experts.texts_folder(Path(texts) if texts else None)
+
+    def bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
+        return text_bed.TextBed(case, seed, scratch, texts=folder, device=device, progress=tell)
+
+    return text.cases(profile), bed, lambda case: text.lacking(case, folder)
 
 
 class Cells:

@@ -1,324 +1,126 @@
 """Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
 
-The experts are the two that come with polymerge: prose (Llama) and Python code (GPT-NeoX), one tokenizer. The fold is
-`polymerge.merge` itself; every distilled method heals on the same tokens with the same grid of learning rates, the
-rate chosen by the worst skill on validation text.
+`quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer. `full`:
+these at four sizes, and experts trained on the user's own texts (`text_experts.py`): Shakespeare and Python that differ
+in one axis at a time, pairs over other domains, three and four experts at once. The fold is `polymerge.merge` itself;
+every distilled method heals on the same tokens with the same grid of learning rates, the rate chosen by the worst skill
+on validation text. `medium`: full's cases at the sum of sizes with quick's healing, for one CPU.
 """
 
 import math
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from polymerge import families, plan, recipe
-from polymerge.bench import methods as table
-from polymerge.bench import modular, peer, tokens
-from polymerge.bench.fuse import FusedTeacher
-from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
-from polymerge.bench.rows import training_flops
-from polymerge.bench.train import Weights
-from polymerge.calibrate.texts import read_skill
-from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.bench import text_experts
+from polymerge.bench.methods import Case
+from polymerge.calibrate.packing import Rows
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
-from polymerge.errors import PreflightError
-from polymerge.evaluate import bits_per_byte
-from polymerge.heal import Heal, heal
-from polymerge.merge import TEST_ROWS, VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
-from polymerge.methods import fold as folding
-from polymerge.methods._lift import llama_like
-from polymerge.methods._pad import pad
+from polymerge.merge import TEST_ROWS
 from polymerge.model.source import Source
-from polymerge.model.spec import Spec
-from polymerge.model.target import load_student
-from polymerge.progress import Quiet
 
 
 @dataclass(frozen=True)
 class Detail:
-    """What a case merges: the anchor, budget and fold as in a recipe, healing tokens and learning rates."""
+    """What a case merges, and how long it heals.
 
+    Attributes:
+        experts: names in `text_experts.PLANS`; none: the pair that comes with polymerge.
+        anchor: the skill whose expert gives tokenizer and family.
+        budget: "sum" of the experts' parameters, a multiple of the largest such as "1.0x", or "union".
+        axis: the one thing in which the experts differ, in cases that are about one.
+        heal_tokens: that every distilled method reads at each of the learning rates `lrs`.
+        fold: as in a recipe.
+        test_rows: most rows a skill is tested on.
+    """
+
+    experts: tuple[str, ...] = ()
     anchor: str = "prose"
     budget: str = "1.5x"
+    axis: str = ""
     heal_tokens: int = 400_000
     lrs: tuple[float, ...] = (1e-3, 4e-3)
     fold: dict[str, Any] = field(default_factory=dict)
     test_rows: int = TEST_ROWS
 
+    def size(self, parameters: int) -> Any:
+        """The recipe's size for experts of so many parameters together."""
+        if self.budget == "union":
+            return "union"
+        return {"params": parameters if self.budget == "sum" else self.budget}
+
+
+QUICK: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
+FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
+PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
+MORE = (
+    ("shakespeare", "python/all", "gsm8k"),
+    ("stories", "rust", "wiki"),
+    ("shakespeare", "python/all", "gsm8k", "stories"),
+)
+
 
 def cases(profile: str) -> list[Case]:
-    """One size in `quick`; three in `full`."""
+    """In `quick` one pair at one size; in `full` it at four sizes, the axes, other pairs, three and four experts."""
     if profile == "quick":
-        return [Case("prose+code/1.5x", "text", Detail(heal_tokens=100_000))]
-    budgets = ("1.0x", "1.5x", "union")
-    return [Case(f"prose+code/{b}", "text", Detail(budget=b, lrs=(1e-3, 2e-3, 4e-3))) for b in budgets]
+        return [Case("prose+code/1.5x", "text", Detail(**QUICK))]
+    found = [Case(f"prose+code/{b}", "text", Detail(budget=b, **FULL)) for b in ("1.0x", "sum", "1.5x", "union")]
+    found += [_trained(("shakespeare", f"python/{axis}"), "sum", axis) for axis in text_experts.AXES]
+    found += [_trained(("shakespeare", f"python/{axis}"), "1.0x", axis) for axis in ("seed", "all")]
+    found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
+    if profile == "full":
+        return found
+    return [replace(case, detail=replace(case.detail, **QUICK)) for case in found if case.detail.budget == "sum"]
 
 
-class TextBed:
-    """See `methods.Bed`."""
+def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
+    """A case of trained experts, named by their domains; the first is the anchor."""
+    domains = [text_experts.PLANS[name].domain for name in names]
+    title = "/".join(filter(None, ("+".join(domains), axis, budget)))
+    return Case(title, "text", Detail(names, domains[0], budget, axis, **FULL))
 
-    metric = "bits per byte"
 
-    def __init__(
-        self,
-        case: Case,
-        seed: int,
-        scratch: Path,
-        *,
-        device: str = "cpu",
-        progress: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.detail: Detail = case.detail
-        self.seed, self.device, self.progress, self.budget = seed, device, progress, self.detail.budget
-        self.place = scratch
-        write_heldout(self.place / "text")
-        experts = {n: {"model": str(p), "text": str(self.place / "text" / f"{n}.txt")} for n, p in EXPERTS.items()}
-        size = "union" if self.budget == "union" else {"params": self.budget}
-        self.recipe = recipe.parse({
-            "method": "fold", "anchor": self.detail.anchor, "experts": experts, "size": size,
-            "fold": self.detail.fold, "dtype": "float32", "seed": seed,
-        })  # fmt: skip
-        self.sources = {name: Source(path, device=device) for name, path in EXPERTS.items()}
-        self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
-        self.texts = {n: read_skill(n, e.text, seed=seed) for n, e in self.recipe.experts.items()}
-        self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
-        self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
-        self.owners = {skill: row["owner"] for skill, row in self.table.items()}
-        self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
-        self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
-        self.setting = {
-            "protocol": case.protocol, "anchor": self.detail.anchor, "heal": asdict(self.detail),
-            "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
-        }  # fmt: skip
-        self._folded, self._translated = Once(self._fold), Once(self._translate)
+def lacking(case: Case, texts: Path | None) -> str:
+    """What a case needs and has not, in one line; empty where nothing is missing."""
+    return text_experts.lacking(texts) if case.detail.experts else ""
 
-    # ------------------------------------------------------------------ ours
 
-    def union(self) -> Outcome:
-        """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
-        return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
+@dataclass(frozen=True)
+class Given:
+    """An expert's model and texts (`key`: of their records), and what its training took, if it was trained here."""
 
-    def fold(self) -> Outcome:
-        """`polymerge merge` without healing."""
-        result, cost = self._folded()
-        extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
-        scores = {skill: row["fold"] for skill, row in result.skills.items()}
-        return Outcome(scores, result.parameters, dict(result.shape), reused=cost, extra=extra)
-
-    def fold_heal(self) -> Outcome:
-        """The fold, distilled."""
-        _, cost = self._folded()
-        outcome = self._distilled(lambda: load_student(self.place / "fold"), self._target())
-        outcome.reused = cost
-        return outcome
-
-    # ------------------------------------------------------------------ controls
-
-    def anchor(self) -> Outcome:
-        """The anchor as it is."""
-        return self._single(self.detail.anchor)
-
-    def best_expert(self) -> Outcome:
-        """By its largest excess over the owners."""
-        names = list(self.sources)
-        over = {n: max(row["experts"][n] - row["owner"] for row in self.table.values()) for n in names}
-        return self._single(min(names, key=lambda n: (over[n], n)))
-
-    def ensemble(self) -> Outcome:
-        """Equal weights at every token."""
-        scores = {}
-        for skill, rows in self.test.items():
-            logs = torch.stack([s.log_probs(rows.tokens) for s in self.sources.values()]).double()
-            nats = float((math.log(len(logs)) - logs.logsumexp(0)).sum())
-            scores[skill] = nats / (math.log(2) * rows.bytes)
-        return Outcome(scores, sum(self.expert_parameters.values()))
-
-    def anchor_distill(self) -> Outcome:
-        """The anchor in the fold's shape, or in one that holds it."""
-        return self._distilled_anchor()
-
-    def fuse_distill(self) -> Outcome:
-        """The same from the experts' fused distributions."""
-        return self._distilled_anchor(FusedTeacher([load_expert(s) for s in self.sources.values()]))
-
-    def scratch_distill(self) -> Outcome:
-        """Weights as transformers draws them."""
-        from transformers import AutoModelForCausalLM
-
-        model = load_student(self.place / "fold")
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            fresh = AutoModelForCausalLM.from_config(model.config).float().state_dict()
-        return self._distilled(lambda: _loaded(load_student(self.place / "fold"), fresh), self._target())
-
-    def shrink(self) -> Outcome:
-        """The anchor alone, folded into the same shape."""
-        name = self.detail.anchor
-        return self._plain_fold({name: self.sources[name]}, {name: self.texts[name]})
-
-    def placebo(self) -> Outcome:
-        """All but the anchor shuffled."""
-        experts = {
-            name: s if name == self.detail.anchor
-            else Source(modular.shuffled(s.path, self.place / f"shuffled-{name}", self.seed), device=self.device)
-            for name, s in self.sources.items()
-        }  # fmt: skip
-        return self._plain_fold(experts, self.texts)
-
-    def rival(self, method: Any) -> Outcome:
-        """In the fold's shape, on the fold's rows; experts translated first where the method needs llama-like ones."""
-        note, reused = "", (0.0, 0.0)
-        try:
-            target, weights, shape = self._merged_by(method, self.sources)
-        except PreflightError:
-            if all(llama_like(s.spec) for s in self.sources.values()):
-                raise
-            (experts, note), reused = self._translated()
-            target, weights, shape = self._merged_by(method, experts)
-        model = load_student(self._saved("rival", target, weights))
-        outcome = self._measured(model, target)
-        outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
-        outcome.extra["validation"] = self._over(model)
-        return outcome
-
-    def peer(self, name: str) -> Outcome:
-        """The experts as they are."""
-        folder = peer.merge(name, [s.path for s in self.sources.values()], self.place / name, seed=self.seed)
-        made = Source(folder)
-        outcome = self._measured(load_student(folder), made.spec)
-        outcome.parameters = made.parameters
-        return outcome
-
-    # ------------------------------------------------------------------ parts
-
-    def _fold(self) -> Any:
-        self.progress("fold")
-        return merge(self.recipe, self.place / "fold", device=self.device)
-
-    def _target(self) -> Spec:
-        """The shape that the fold chose; the controls are given it for nothing."""
-        self._folded()
-        return Source(self.place / "fold").spec
+    model: Path
+    text: Path
+    key: str = "text"
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def family(self) -> Any:
-        """The result's family."""
-        return families.get(self._target().family)
-
-    def _merged_by(self, method: Any, experts: Mapping[str, Source]) -> tuple[Spec, Weights, str]:
-        """Shape, weights and note of a rival's merge."""
-        rows = calibrate(self.recipe, experts, self.texts, self.tokenizer, judge=False)[0]
-        make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
-        return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
-
-    def _translate(self) -> tuple[dict[str, Source], str]:
-        """The experts, each that is not llama-like folded alone into the result's family at its own size.
-
-        In the rivals' favour: none of them could merge it as it is.
-        """
-        experts, said = dict(self.sources), []
-        for name, source in self.sources.items():
-            if llama_like(source.spec):
-                continue
-            own, ratio = source.spec, self._target().heads // self._target().kv_heads
-            heads = math.ceil(own.heads / ratio) * ratio
-            width = plan.allowed(self.family, own.width + own.has_constants, heads)
-            shape = replace(
-                self._target(), layers=own.layers, width=width, heads=heads, kv_heads=heads // ratio, mlp=own.mlp
-            )
-            model, _ = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
-            score = bits_per_byte(load_student(model), self.test[name], device=self.device)
-            said.append(f"{name} translated from {own.family} by our fold alone first ({score:.4f})")
-            experts[name] = Source(model, device=self.device)
-        return experts, ", ".join(said)
-
-    def _single(self, name: str) -> Outcome:
-        source = self.sources[name]
-        scores = {skill: row["experts"][name] for skill, row in self.table.items()}
-        return Outcome(scores, source.parameters, table.size_of(source.spec), notes=name)
-
-    def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
-        """The fold of these experts into the chosen shape."""
-        folder, knobs = self._folded_alone(experts, skills, self._target())
-        outcome = self._measured(load_student(folder), self._target())
-        outcome.extra["knobs"] = knobs
-        return outcome
-
-    def _folded_alone(
-        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
-    ) -> tuple[Path, dict[str, float]]:
-        """A fold of these experts into one shape, nothing else tried: its folder and knobs."""
-        texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
-        parts: list[tuple[int | None, dict[str, Tensor]]] = []
-        done = folding.fold(
-            list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
-            emit=lambda _: lambda layer, some: parts.append((layer, some)),
-        )  # fmt: skip
-        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs)
-
-    def _distilled_anchor(self, guide: Any = None) -> Outcome:
-        """The padded anchor, distilled."""
-        anchor = self.sources[self.detail.anchor]
-
-        def padded(target: Spec) -> Weights:
-            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
-
-        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
-        folder = self._saved("padded", target, weights)
-        outcome = self._distilled(lambda: load_student(folder), target, guide)
-        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
-        return outcome
-
-    def _distilled(self, student: Callable[[], Any], target: Spec, guide: Any = None) -> Outcome:
-        """Heal at each learning rate; measure the best by validation."""
-        settings = Heal(tokens=self.detail.heal_tokens)
-        rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
-        held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
-        teachers = {name: load_expert(s) for name, s in self.sources.items()}
-        runs = []
-        for lr in self.detail.lrs:
-            self.progress(f"distil at {lr:g}")
-            model = student()
-            done = heal(
-                model, teachers, rows, held, replace(settings, lr=lr), guide=guide, seed=self.seed, device=self.device
-            )
-            runs.append((min(p.worst for p in done.curve), lr, model, done))
-        _, lr, model, done = min(runs, key=lambda run: run[:2])
-        outcome = self._measured(model, target)
-        outcome.tokens, outcome.steps = done.tokens, done.steps
-        share = len(runs) * done.tokens // len(self.sources)  # a row has one teacher, its owner: about equally many
-        taught = [(s.parameters, share) for s in self.sources.values()]
-        outcome.flops = training_flops(
-            plan.parameters(self.family, target), done.tokens, runs=len(runs), teachers=taught
-        )
-        outcome.notes = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
-        outcome.extra = {
-            "lr": lr, "lr_trials": {f"{rate:g}": worst for worst, rate, _, _ in runs},
-            "best_step": done.best_step, "curve": [asdict(point) for point in done.curve],
-        }  # fmt: skip
-        return outcome
-
-    def _saved(self, name: str, target: Spec, weights: Weights) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
-        tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
-        return folder
-
-    def _over(self, model: Any) -> dict[str, float]:
-        """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""
-        rows = rows_of(self.texts, "validation", self.tokenizer, self.recipe.fold.length, VALIDATION_ROWS)
-        own = measure_experts(self.sources, rows, self.recipe.union.alpha, Quiet())
-        return {s: bits_per_byte(model, part, device=self.device) - own[s]["owner"] for s, part in rows.items()}
-
-    def _measured(self, model: Any, target: Spec) -> Outcome:
-        scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}
-        return Outcome(scores, plan.parameters(self.family, target), table.size_of(target))
+    def recipe(self) -> dict[str, str]:
+        """The recipe's entry."""
+        return {"model": str(self.model), "text": str(self.text), "field": self.key}
 
 
-def _loaded(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    model.load_state_dict(weights)
-    return model
+def given(
+    detail: Detail, place: Path, texts: Path | None, seed: int, device: str, progress: Callable[[str], None]
+) -> dict[str, Given]:
+    """Skill -> expert of a case; trained now where the cache has none. Raises PreflightError without the texts."""
+    if not detail.experts:
+        write_heldout(place / "text")
+        return {name: Given(path, place / "text" / f"{name}.txt") for name, path in EXPERTS.items()}
+    workshop, found = text_experts.Workshop(texts, seed, device=device, progress=progress), {}
+    for name in detail.experts:
+        plan = text_experts.PLANS[name]
+        expert = workshop.expert(plan)
+        record = {key: expert.record[key] for key in ("tokens", "stream", "best_val_bpb", "cpu_seconds")}
+        found[plan.domain] = Given(expert.folder, expert.text, expert.field, record)
+    return found
+
+
+def even_mixture(experts: Iterable[Source], rows: Rows) -> float:
+    """Bits per byte of the mean of the experts' probabilities of each token."""
+    logs = torch.stack([expert.log_probs(rows.tokens) for expert in experts]).double()
+    return float((math.log(len(logs)) - logs.logsumexp(0)).sum()) / (math.log(2) * rows.bytes)

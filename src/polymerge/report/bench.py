@@ -17,7 +17,8 @@ from polymerge.report import figures
 from polymerge.report.page import document, facts, joined, prose, sortable
 
 HEAT = (
-    "The score of the worst skill of every method on every case. Dark is the best of the case; pale is the anchor"
+    "The worst skill of every method on every case: accuracy, or bits per byte over its owner. Dark is the best of the"
+    " case; pale is the anchor"
     " alone, or the median where that is worse, and everything below. Hatched: cannot, for the reason in the tables."
 )
 SIZES = (
@@ -49,7 +50,7 @@ def page(rows: Sequence[Row]) -> str:
     body = f"{facts(cells)}\n{joined(parts)}"
     lead = "A row for every method, case and seed. Figures are means over seeds, ± the standard deviation."
     names = " and ".join(suite for suite, _ in suites)
-    foot = "Made from rows.jsonl alone. A click on a heading sorts a table."
+    foot = "Made from the rows alone. A click on a heading sorts a table."
     return document(f"Benchmark of merging: {names}", lead, body, foot, sortable=True)
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from polymerge.bench import board
 from polymerge.bench.board import by, name_of
 from polymerge.bench.methods import known
-from polymerge.bench.rows import Row
+from polymerge.bench.rows import Row, judged
 from polymerge.report.figures import FAINT, INK, PAPER, plain
 
 COLOURS = {
@@ -26,11 +26,12 @@ _PALE, _DEEP, _BLACK, _WHITE = (0.93, 0.95, 0.98), (0.0, 0.27, 0.5), "#111111", 
 _SIZE = 8.5
 _LEAST = 0.02
 """Scores nearer than this in a case, in the metric's units, get no contrast: it would show noise."""
+_UNITS = {"bits per byte": "bits per byte over owner"}
 Curve = tuple[list[float], list[float]]
 
 
 def heat(rows: Sequence[Row]) -> Figure | None:
-    """Cases × methods: the worst skill's score as a number, its place within the case as a colour.
+    """Cases × methods: what they are ranked by (`rows.judged`) as a number, its place within the case as a colour.
 
     The darkest is the case's best; the palest is the anchor alone, or the median where that is worse, and all below.
     """
@@ -60,9 +61,11 @@ def heat(rows: Sequence[Row]) -> Figure | None:
 
 
 def shades_of(group: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Method -> (mean score of the worst skill, shade from 0 to 1) of one case; without what was not measured."""
+    """Method -> (mean of what they are ranked by, shade from 0 to 1) of one case; without what was not measured."""
     scores = {
-        method: mean(w) for method, some in by(group, "method") if (w := [r.worst for r in some if r.worst is not None])
+        method: mean(w)
+        for method, some in by(group, "method")
+        if (w := [score for r in some if (score := judged(r)) is not None])
     }
     if not scores:
         return {}
@@ -91,7 +94,7 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
             mark: dict[str, Any] = {"markersize": 4.0, "linewidth": 1.6 if method in COLOURS else 0.8}
             axes.plot(x, y, "-o", color=COLOURS.get(method, FAINT), label=_legend(method), **mark)
         axes.set_xlabel("million parameters", color=FAINT, size=_SIZE)
-        axes.set_ylabel(f"worst skill, {group[0].metric}", color=FAINT, size=_SIZE)
+        axes.set_ylabel("worst skill, " + _UNITS.get(group[0].metric, group[0].metric), color=FAINT, size=_SIZE)
         if group[0].metric != "accuracy":
             axes.invert_yaxis()
     _key(figure, panels)
@@ -106,7 +109,7 @@ def size_points(group: Sequence[Row]) -> dict[str, Curve]:
             continue  # the first is every case's floor, the second is far below it: both would squeeze the rest
         points = sorted(
             {
-                (mean(r.parameters or 0 for r in part) / 1e6, mean(r.worst or 0.0 for r in part))
+                (mean(r.parameters or 0 for r in part) / 1e6, mean(judged(r) or 0.0 for r in part))
                 for _, part in by(some, "budget")
             }
         )

@@ -1,0 +1,299 @@
+"""The experts of one text case, and every method on them (see `text.py` for the suite)."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polymerge import families, plan, recipe
+from polymerge.bench import methods as table
+from polymerge.bench import modular, peer, tokens
+from polymerge.bench.flops import Products, Until
+from polymerge.bench.fuse import FusedTeacher
+from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.text import Detail, even_mixture, given
+from polymerge.bench.text_distil import at_best_rate, operations
+from polymerge.bench.train import Weights
+from polymerge.calibrate.texts import read_skill
+from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.errors import PreflightError
+from polymerge.evaluate import bits_per_byte
+from polymerge.heal import Heal
+from polymerge.merge import VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
+from polymerge.methods import fold as folding
+from polymerge.methods._lift import llama_like
+from polymerge.methods._pad import pad
+from polymerge.model.source import Source
+from polymerge.model.spec import Spec
+from polymerge.model.target import load_student
+from polymerge.progress import Quiet
+
+
+class TextBed:
+    """See `methods.Bed`."""
+
+    metric = "bits per byte"
+
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        scratch: Path,
+        *,
+        texts: Path | None = None,
+        device: str = "cpu",
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.detail: Detail = case.detail
+        self.seed, self.device, self.progress, self.budget = seed, device, progress, self.detail.budget
+        self.place = scratch
+        found = given(self.detail, scratch, texts, seed, device, progress)
+        self.sources = {name: Source(one.model, device=device) for name, one in found.items()}
+        self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
+        self.recipe = recipe.parse({
+            "method": "fold", "anchor": self.detail.anchor, "experts": {n: one.recipe for n, one in found.items()},
+            "size": self.detail.size(sum(self.expert_parameters.values())), "fold": self.detail.fold,
+            "dtype": "float32", "seed": seed,
+        })  # fmt: skip
+        self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
+        self.texts = {n: read_skill(n, e.text, field=e.field, seed=seed) for n, e in self.recipe.experts.items()}
+        self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
+        with Products() as products:
+            self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
+        self.measuring = products.flops
+        self.owners = {skill: row["owner"] for skill, row in self.table.items()}
+        self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
+        self.setting = {
+            "protocol": case.protocol, "axis": self.detail.axis, "anchor": self.detail.anchor,
+            "heal": asdict(self.detail), "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
+            "training": {name: one.record for name, one in found.items() if one.record},
+        }  # fmt: skip
+        self._folded, self._translated = Once(self._fold), Once(self._translate)
+
+    def union(self) -> Outcome:
+        """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
+        return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
+
+    def fold(self) -> Outcome:
+        """`polymerge merge` without healing."""
+        (result, flops), cost = self._folded()
+        extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
+        scores = {skill: row["fold"] for skill, row in result.skills.items()}
+        return Outcome(scores, result.parameters, dict(result.shape), flops=flops, reused=cost, extra=extra)
+
+    def fold_heal(self) -> Outcome:
+        """The fold, distilled."""
+        (_, flops), cost = self._folded()
+        outcome = self._distilled(lambda: load_student(self.place / "fold"), self._target())
+        outcome.reused, outcome.flops = cost, (outcome.flops or 0) + flops
+        return outcome
+
+    # ------------------------------------------------------------------ controls
+
+    def anchor(self) -> Outcome:
+        """The anchor as it is."""
+        return self._single(self.detail.anchor)
+
+    def best_expert(self) -> Outcome:
+        """By its largest excess over the owners."""
+        names = list(self.sources)
+        over = {n: max(row["experts"][n] - row["owner"] for row in self.table.values()) for n in names}
+        return self._single(min(names, key=lambda n: (over[n], n)))
+
+    def ensemble(self) -> Outcome:
+        """Equal weights at every token."""
+        scores = {skill: even_mixture(self.sources.values(), rows) for skill, rows in self.test.items()}
+        return Outcome(scores, sum(self.expert_parameters.values()))
+
+    def anchor_distill(self) -> Outcome:
+        """The anchor in the fold's shape, or in one that holds it."""
+        return self._distilled_anchor()
+
+    def anchor_distill_more(self) -> Outcome:
+        """The fold's operations spent on tokens."""
+        (_, spent), _ = self._folded()
+        budget = plan.parameters(self.family, self._target())
+        tokens = self.detail.heal_tokens
+        return self._distilled_anchor(tokens=tokens + round(tokens * spent / self._training(budget, tokens)))
+
+    def fuse_distill(self) -> Outcome:
+        """The same from the experts' fused distributions."""
+        return self._distilled_anchor(FusedTeacher([load_expert(s) for s in self.sources.values()]))
+
+    def scratch_distill(self) -> Outcome:
+        """Weights as transformers draws them."""
+        from transformers import AutoModelForCausalLM
+
+        self._folded()
+        config = load_student(self.place / "fold").config
+
+        def drawn() -> Any:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                return AutoModelForCausalLM.from_config(config).float()
+
+        return self._distilled(drawn, self._target())
+
+    def shrink(self) -> Outcome:
+        """The anchor alone, folded into the same shape."""
+        name = self.detail.anchor
+        return self._plain_fold({name: self.sources[name]}, {name: self.texts[name]})
+
+    def placebo(self) -> Outcome:
+        """All but the anchor shuffled."""
+        experts = {
+            name: s if name == self.detail.anchor
+            else Source(modular.shuffled(s.path, self.place / f"shuffled-{name}", self.seed), device=self.device)
+            for name, s in self.sources.items()
+        }  # fmt: skip
+        return self._plain_fold(experts, self.texts)
+
+    def rival(self, method: Any) -> Outcome:
+        """In the fold's shape, on the fold's rows; experts translated first where the method needs llama-like ones."""
+        note, reused, flops = "", (0.0, 0.0), 0
+        with Products() as products:
+            try:
+                target, weights, shape = self._merged_by(method, self.sources)
+            except PreflightError:
+                if all(llama_like(s.spec) for s in self.sources.values()):
+                    raise
+                (experts, note, flops), reused = self._translated()
+                before = products.flops
+                target, weights, shape = self._merged_by(method, experts)
+                flops += products.flops - before
+        model = load_student(self._saved("rival", target, weights))
+        outcome = self._measured(model, target)
+        outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
+        outcome.flops = flops or products.flops
+        outcome.extra["validation"] = self._over(model)
+        return outcome
+
+    def peer(self, name: str) -> Outcome:
+        """The experts as they are."""
+        folder = peer.merge(name, [s.path for s in self.sources.values()], self.place / name, seed=self.seed)
+        made = Source(folder)
+        outcome = self._measured(load_student(folder), made.spec)
+        outcome.parameters = made.parameters
+        return outcome
+
+    # ------------------------------------------------------------------ parts
+
+    def _fold(self) -> tuple[Any, int]:
+        """The merge, and the operations of its products without those that only measure."""
+        self.progress("fold")
+        with Products() as products:
+            listener = Until("test", products)
+            result = merge(self.recipe, self.place / "fold", device=self.device, progress=listener)
+        return result, (listener.flops or products.flops) - self.measuring
+
+    def _target(self) -> Spec:
+        """The shape that the fold chose; the controls are given it for nothing."""
+        self._folded()
+        return Source(self.place / "fold").spec
+
+    @property
+    def family(self) -> Any:
+        """Of the result."""
+        return families.get(self._target().family)
+
+    def _merged_by(self, method: Any, experts: Mapping[str, Source]) -> tuple[Spec, Weights, str]:
+        """Shape, weights and note of a rival's merge."""
+        rows = calibrate(self.recipe, experts, self.texts, self.tokenizer, judge=False)[0]
+        make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
+        return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
+
+    def _translate(self) -> tuple[dict[str, Source], str, int]:
+        """The experts, each that is not llama-like folded alone into the result's family at its own size.
+
+        In the rivals' favour: none of them could merge it as it is.
+        """
+        experts, said, spent = dict(self.sources), [], 0
+        for name, source in self.sources.items():
+            if llama_like(source.spec):
+                continue
+            own, shape = source.spec, table.own_size(source.spec, self._target(), self.family)
+            model, _, flops = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
+            spent += flops
+            score = bits_per_byte(load_student(model), self.test[name], device=self.device)
+            said.append(f"{name} translated from {own.family} by our fold alone first ({score:.4f})")
+            experts[name] = Source(model, device=self.device)
+        return experts, ", ".join(said), spent
+
+    def _single(self, name: str) -> Outcome:
+        source = self.sources[name]
+        scores = {skill: row["experts"][name] for skill, row in self.table.items()}
+        return Outcome(scores, source.parameters, table.size_of(source.spec), notes=name)
+
+    def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
+        """The fold of these experts into the chosen shape."""
+        folder, knobs, flops = self._folded_alone(experts, skills, self._target())
+        outcome = self._measured(load_student(folder), self._target())
+        outcome.extra["knobs"], outcome.flops = knobs, flops
+        return outcome
+
+    def _folded_alone(
+        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
+    ) -> tuple[Path, dict[str, float], int]:
+        """A fold of these experts into one shape, nothing else tried: its folder, knobs and operations."""
+        parts: list[tuple[int | None, dict[str, Tensor]]] = []
+        with Products() as products:
+            texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
+            done = folding.fold(
+                list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
+                emit=lambda _: lambda layer, some: parts.append((layer, some)),
+            )  # fmt: skip
+        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs), products.flops
+
+    def _distilled_anchor(self, guide: Any = None, tokens: int | None = None) -> Outcome:
+        """The padded anchor, distilled."""
+        anchor = self.sources[self.detail.anchor]
+
+        def padded(target: Spec) -> Weights:
+            return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
+
+        target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
+        folder = self._saved("padded", target, weights)
+        outcome = self._distilled(lambda: load_student(folder), target, guide, tokens)
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        return outcome
+
+    def _distilled(
+        self, student: Callable[[], Any], target: Spec, guide: Any = None, tokens: int | None = None
+    ) -> Outcome:
+        """Heal at each learning rate; measure the best by validation."""
+        settings = Heal(tokens=tokens or self.detail.heal_tokens)
+        rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
+        held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
+        teachers = {name: load_expert(s) for name, s in self.sources.items()}
+        best = at_best_rate(
+            student, teachers, rows, held, settings, self.detail.lrs,
+            guide=guide, seed=self.seed, device=self.device, progress=self.progress,
+        )  # fmt: skip
+        outcome = self._measured(best.model, target)
+        outcome.tokens, outcome.steps = best.done.tokens, best.done.steps
+        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens)
+        outcome.notes, outcome.extra = best.note, best.extra
+        return outcome
+
+    def _training(self, parameters: int, tokens: int) -> int:
+        """Operations of healing so many parameters at every learning rate."""
+        return operations(parameters, tokens, len(self.detail.lrs), list(self.expert_parameters.values()))
+
+    def _saved(self, name: str, target: Spec, weights: Weights) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
+        tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
+        return folder
+
+    def _over(self, model: Any) -> dict[str, float]:
+        """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""
+        rows = rows_of(self.texts, "validation", self.tokenizer, self.recipe.fold.length, VALIDATION_ROWS)
+        own = measure_experts(self.sources, rows, self.recipe.union.alpha, Quiet())
+        return {s: bits_per_byte(model, part, device=self.device) - own[s]["owner"] for s, part in rows.items()}
+
+    def _measured(self, model: Any, target: Spec) -> Outcome:
+        scores = {skill: bits_per_byte(model, rows, device=self.device) for skill, rows in self.test.items()}
+        return Outcome(scores, plan.parameters(self.family, target), table.size_of(target))

@@ -1,0 +1,236 @@
+"""The text suite's experts: small language models, each trained on one domain of a user's folder of texts.
+
+They are build products, kept in the cache under a hash of all that they depend on: plan, texts, split, tokenizer, seed
+and training. One byte-level BPE of 1,024 tokens is trained on about as much of each domain and shared by all. An
+expert and the tokenizer read the calibration part of the split alone (`calibrate.texts.read_skill` with the case's
+seed), the very split of the merge: nobody has read the validation and test parts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polymerge.bench import lm
+from polymerge.bench.locks import held
+from polymerge.bench.modular import cache_folder
+from polymerge.calibrate.texts import Skill, pack, read_skill
+from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.errors import OutputError, PreflightError
+
+VARIABLE = "POLYMERGE_TEXTS"
+RECIPE_VERSION = 1
+"""Part of the cache's key: raise it when training changes in a way that the settings don't show."""
+TOKENIZER_CHARACTERS = 400_000
+"""Of each domain, for the tokenizer."""
+HELD_BACK, HELD_ROWS = 16, 48
+"""Every 16th calibration document is kept back to choose the best state: at most so many rows."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A file of the texts' folder; `field`: the key of its records, if it has records."""
+
+    file: str
+    field: str = "text"
+
+
+DOMAINS = {
+    "shakespeare": Domain("shakespeare.txt"),
+    "python": Domain("code-python.txt"),
+    "gsm8k": Domain("gsm8k-train.jsonl", "answer"),
+    "stories": Domain("tinystories.jsonl"),
+    "rust": Domain("code-rust.txt"),
+    "wiki": Domain("wikitext2-valid.txt"),
+}
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples."""
+
+    domain: str
+    family: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+    @property
+    def name(self) -> str:
+        """Such as python-llama-4x96x4."""
+        return f"{self.domain}-{self.family}-{self.layers}x{self.width}x{self.heads}"
+
+
+PLANS = {
+    "shakespeare": ExpertPlan("shakespeare", "llama", 4, 96, 4, 4, 256),
+    # One axis each away from shakespeare's architecture, then all of them.
+    "python/seed": ExpertPlan("python", "llama", 4, 96, 4, 4, 256),
+    "python/depth": ExpertPlan("python", "llama", 6, 96, 4, 4, 256),
+    "python/width": ExpertPlan("python", "llama", 4, 144, 6, 6, 384),
+    "python/heads": ExpertPlan("python", "llama", 4, 96, 8, 2, 256),
+    "python/family": ExpertPlan("python", "gpt2", 4, 96, 4, 4, 384),
+    "python/all": ExpertPlan("python", "gpt_neox", 6, 120, 10, 10, 480),
+    "gsm8k": ExpertPlan("gsm8k", "qwen2", 3, 144, 6, 2, 384),
+    "stories": ExpertPlan("stories", "qwen3", 6, 72, 6, 3, 216),
+    "rust": ExpertPlan("rust", "mistral", 2, 192, 8, 2, 512),
+    "wiki": ExpertPlan("wiki", "qwen2", 5, 120, 5, 1, 320),
+}
+"""Every expert that a case can name. Width grows by heads of one size, as it does in families of models."""
+AXES = ("seed", "depth", "width", "heads", "family", "all")
+"""What python's expert differs in from shakespeare's; seed: in nothing but its initialisation and its texts."""
+
+
+def texts_folder(asked: Path | None = None) -> Path | None:
+    """The folder of texts: as asked, or POLYMERGE_TEXTS."""
+    named = os.environ.get(VARIABLE)
+    return asked or (Path(named) if named else None)
+
+
+def lacking(texts: Path | None) -> str:
+    """What is missing for experts to be trained, in one line; empty if nothing is."""
+    names = [domain.file for domain in DOMAINS.values()]
+    if texts is None:
+        return f"needs a folder with {', '.join(names)}: name it in {VARIABLE} or by --texts"
+    missing = [name for name in names if not (texts / name).is_file()]
+    return f"needs {', '.join(missing)} in {texts}" if missing else ""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A trained expert: its checkpoint, its skill's texts, and the record of its training."""
+
+    folder: Path
+    text: Path
+    field: str
+    record: Mapping[str, Any]
+
+
+class Workshop:
+    """Trains what the cache lacks, for one folder of texts and one seed. Raises PreflightError without the texts."""
+
+    def __init__(
+        self,
+        texts: Path | None,
+        seed: int,
+        *,
+        training: lm.Training | None = None,
+        cache: Path | None = None,
+        device: str = "cpu",
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if texts is None or lacking(texts):
+            raise PreflightError(lacking(texts))
+        self.texts, self.seed, self.device, self.progress = texts, seed, device, progress
+        self.training, self.cache = training or lm.Training(), cache or cache_folder()
+        self.skills: dict[str, Skill] = {}
+
+    def skill(self, domain: str) -> Skill:
+        """A domain's texts, split as every merge with this seed splits them."""
+        if domain not in self.skills:
+            place = DOMAINS[domain]
+            self.skills[domain] = read_skill(domain, [self.texts / place.file], field=place.field, seed=self.seed)
+        return self.skills[domain]
+
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer that all experts share."""
+        digests = {domain: self.skill(domain).digest() for domain in DOMAINS}
+        depends = {"version": RECIPE_VERSION, "vocabulary": lm.VOCABULARY, "skills": digests}
+
+        def make(folder: Path) -> None:
+            some: list[str] = []
+            for domain in DOMAINS:
+                left = TOKENIZER_CHARACTERS
+                for document in self.skill(domain).calibration:
+                    some.append(document[:left])
+                    left -= len(document)
+                    if left <= 0:
+                        break
+            lm.make_tokenizer(some).save_pretrained(folder)
+
+        return self._kept("text-tokenizer", depends, make)
+
+    def expert(self, plan: ExpertPlan) -> Expert:
+        """An expert; trained now unless the cache has it."""
+        place, spoken = DOMAINS[plan.domain], self.tokenizer()
+        depends = {
+            "version": RECIPE_VERSION, "plan": asdict(plan), "seed": self.seed, "training": asdict(self.training),
+            "skill": self.skill(plan.domain).digest(),
+            "tokenizer": hashlib.sha256((spoken / "tokenizer.json").read_bytes()).hexdigest(),
+        }  # fmt: skip
+        folder = self._kept(plan.name, depends, lambda made: self._train(plan, spoken, made, depends))
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return Expert(folder, self.texts / place.file, place.field, record)
+
+    def _train(self, plan: ExpertPlan, spoken: Path, folder: Path, depends: Mapping[str, Any]) -> None:
+        tokenizer, documents = load_tokenizer(spoken), self.skill(plan.domain).calibration
+        tokens = lm.stream(tokenizer, [text for i, text in enumerate(documents) if i % HELD_BACK])
+        held_out = pack(tokenizer, documents[::HELD_BACK], self.training.context, limit=HELD_ROWS)
+        model = model_of(plan, self.seed)
+        done = lm.train(
+            model, tokens, held_out, self.training, self.seed,
+            device=self.device, progress=lambda note: self.progress(f"{plan.name}: {note}"),
+        )  # fmt: skip
+        model.cpu().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        facts = {"parameters": model.num_parameters(), "stream": len(tokens), **done, "depends": depends}
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def _kept(self, name: str, depends: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """The cache's folder of a product, made if it isn't there; it appears whole or not at all."""
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.cache / f"{name}-s{self.seed}-{digest}"
+        with held(self.cache / f".{folder.name}.lock"):  # another process may be making it
+            if not folder.is_dir():
+                draft = Path(tempfile.mkdtemp(dir=self.cache, prefix=f".{name}-"))
+                try:
+                    make(draft)
+                    draft.rename(folder)
+                except OSError as error:
+                    raise OutputError(
+                        f"{folder}: cannot be written ({error.strerror}); name another cache in POLYMERGE_CACHE"
+                    ) from error
+                finally:
+                    shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+
+def model_of(plan: ExpertPlan, seed: int) -> Any:
+    """The plan's model in float32 with random weights, as transformers draws them from the seed."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = CONFIG_MAPPING[plan.family](vocab_size=lm.VOCABULARY, **special, **shape(plan))
+    # Experts of one architecture must not share their initialisation.
+    own = int(hashlib.sha256(f"{plan.name} {seed}".encode()).hexdigest()[:8], 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(own)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def shape(plan: ExpertPlan) -> dict[str, Any]:
+    """The plan as its family's config has it."""
+    if plan.family == "gpt2":
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        sizes = {"n_embd": plan.width, "n_layer": plan.layers, "n_head": plan.heads, "n_inner": plan.mlp}
+        return {**sizes, "n_positions": 512, **dropout}
+    common = {
+        "hidden_size": plan.width, "num_hidden_layers": plan.layers, "num_attention_heads": plan.heads,
+        "intermediate_size": plan.mlp, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if plan.family == "gpt_neox":
+        more = {"hidden_act": "gelu", "use_parallel_residual": True}
+        return {**common, **more, "rope_parameters": rope | {"partial_rotary_factor": 0.5}}
+    own = {"num_key_value_heads": plan.kv_heads, "rope_parameters": rope}
+    if plan.family in ("qwen3", "mistral"):
+        own["head_dim"] = plan.width // plan.heads
+    return {**common, **own} | ({"sliding_window": None} if plan.family == "mistral" else {})
