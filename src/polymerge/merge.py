@@ -206,11 +206,8 @@ class Job:
         if done is None:
             with CheckpointWriter(folder) as writer:
                 done = self._merge(texts, writer)
-                write_config(
-                    writer,
-                    hf_config(family, done.choice.target, self.anchor, self.sources[self.speech.owner]),
-                    torch.float32,
-                )
+                speaker = self.sources[self.speech.owner]
+                write_config(writer, hf_config(family, done.choice.target, self.anchor, speaker), torch.float32)
                 record.save_fold(writer, done, key)
         chosen, result = done.choice, self.result
         result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)

@@ -13,6 +13,7 @@ otherwise a donor's merges would be applied to pieces that they were not learned
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class _Merged:
         """Merges to add so that BPE makes one piece of `token`; None where there are none."""
         found = [] if pair in self.ranks else [pair]
         while len(pieces := cut(token, self.ranks, found)) > 1:
-            joints = [m for m in zip(pieces, pieces[1:], strict=False) if m not in self.ranks and m not in found]
+            joints = [m for m in pairwise(pieces) if m not in self.ranks and m not in found]
             known = next((m for m in joints if "".join(m) in self.vocabulary or "".join(m) == token), None)
             if known is None:
                 return None
@@ -107,9 +108,7 @@ def cut(text: str, ranks: Mapping[Merge, int], last: list[Merge] | tuple[()] = (
     later = {pair: len(ranks) + i for i, pair in enumerate(last)}
     pieces, never = list(text), len(ranks) + len(later)
     while len(pieces) > 1:
-        rank, at = min(
-            (ranks.get(pair, later.get(pair, never)), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))
-        )
+        rank, at = min((ranks.get(pair, later.get(pair, never)), i) for i, pair in enumerate(pairwise(pieces)))
         if rank == never:
             break
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]

@@ -66,9 +66,8 @@ def vocabulary_findings(
             text = f"{spec.vocab - largest:,} of {spec.vocab:,} embedding rows are padding, used by no token"
             out.append(Finding("exact", f"{name}: vocabulary", text))
     if speech.union:
-        text = (
-            f"{len(mine.pieces):,} tokens: the anchor's {len(views[speech.owner].pieces):,}, and the others' new ones"
-        )
+        own = len(views[speech.owner].pieces)
+        text = f"{len(mine.pieces):,} tokens: the anchor's {own:,}, and what the others have beside them"
         out.append(Finding("exact", "tokenizer", text))
     for name in specs:
         if tokenizers[name] is speech.tokenizer:
