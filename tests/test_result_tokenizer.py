@@ -209,7 +209,18 @@ def test_recipes_that_ask_for_nothing_possible(folder, changes, needle):
 
 
 def wordpiece() -> Any:
-    words = ["[UNK]", "the", "cat", "other", "return", "self", "f", ".", *"0123456789", *(f"##{d}" for d in "0123456789")]
+    words = [
+        "[UNK]",
+        "the",
+        "cat",
+        "other",
+        "return",
+        "self",
+        "f",
+        ".",
+        *"0123456789",
+        *(f"##{d}" for d in "0123456789"),
+    ]
     backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
