@@ -3,9 +3,9 @@
     pip install gguf
     python examples/to_gguf.py out/model out/model.gguf
 
-The tokenizer goes in as tokens, types and merges. How texts are split before the merges is a name in GGUF, of a rule that
-llama.cpp has compiled in: a byte-level BPE tokenizer whose rule is none of `RULES` cannot be told in a GGUF file and is
-refused, for a wrong name would cut texts into other tokens than the model was made for.
+The tokenizer goes in as tokens, types and merges. How texts are split before the merges is a name in GGUF, of a rule
+that llama.cpp has compiled in: a byte-level BPE tokenizer whose rule is none of `RULES` cannot be told in a GGUF file
+and is refused, for a wrong name would cut texts into other tokens than the model was made for.
 """
 
 import argparse
@@ -18,7 +18,10 @@ from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import CheckpointError
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 RULES = {
     ("gpt2", False): "gpt-2",
     (LLAMA3, True): "llama-bpe",
@@ -29,7 +32,8 @@ RULES = {
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
 }  # fmt: skip
@@ -50,8 +54,8 @@ def rule(tokenizer: Any) -> str:
     name = RULES.get((str(found), bool(model.get("ignore_merges"))))
     if name is None:
         raise CheckpointError(
-            f"tokenizer: llama.cpp has no rule that splits texts as {json.dumps(split)[:120]} does; expected byte-level "
-            "BPE that splits as GPT-2, Llama 3 or Qwen2 do: GGUF cannot hold this tokenizer"
+            f"tokenizer: llama.cpp has no rule that splits texts as {json.dumps(split)[:120]} does; expected "
+            "byte-level BPE that splits as GPT-2, Llama 3 or Qwen2 do: GGUF cannot hold this tokenizer"
         )
     return name
 
@@ -127,11 +131,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, name: str, rows: int) -> None:
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]])
     writer.add_add_bos_token(False)  # noqa: FBT003
-    for role, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
+    adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
+    for role, add in adders.items():
         if role in view.roles:
             add(view.roles[role])
 

@@ -1,4 +1,4 @@
-"""End to end: what a merge of two tokenizers writes is never garbled, and llama.cpp reads the same tokens in a GGUF file.
+"""End to end: what a merge of two tokenizers writes is never garbled; llama.cpp reads the same tokens in a GGUF file.
 
 The check against llama.cpp needs `pip install gguf xllamacpp` and is skipped without.
 """
@@ -28,10 +28,15 @@ from polymerge.recipe import parse
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["The method returns", "def f(x):\n    return", "1234567 0.5e-3", "🦊 and 👩‍👩‍👧 中文"]
 TEXTS = [
-    *PROMPTS, PROSE, CODE, "It's the others' cat; they're here, aren't they?", "class A:\n\tdef f(self): ...\n\n\n", "x", "",
-    "1 12 123 1234 12345 1,000,000.00 0xFF ½ ٣", "🎉🎉 👨‍👩‍👧‍👦 ❤️ 🇫🇷", "中文字符 日本語テキスト 한국어", "Кириллица и العربية हिन्दी",
-    " ", "   leading and trailing   ", "\t\t tabs \t", "\n\n  \n a\r\n\r\n b", "naïve café e\u0301 ﬁ Ünïcödé", "a_b-c+d=e==f!=g//h**i",
-    "    if x:\n        return [i for i in range(10)]  # done\n", "mixed中english🦊text123αβγ", "A\u00a0B\u2003C\u200bD",
+    *PROMPTS, PROSE, CODE, "It's the others' cat; they're here, aren't they?",
+    "class A:\n\tdef f(self): ...\n\n\n", "x", "",
+    "1 12 123 1234 12345 1,000,000.00 0xFF ½ ٣",
+    "🎉🎉 👨‍👩‍👧‍👦 ❤️ 🇫🇷", "中文字符 日本語テキスト 한국어",
+    "Кириллица и العربية हिन्दी",
+    " ", "   leading and trailing   ", "\t\t tabs \t", "\n\n  \n a\r\n\r\n b",
+    "naïve café e\u0301 ﬁ Ünïcödé", "a_b-c+d=e==f!=g//h**i",
+    "    if x:\n        return [i for i in range(10)]  # done\n",
+    "mixed中english🦊text123αβγ", "A\u00a0B\u2003C\u200bD",
 ]  # fmt: skip
 
 
@@ -68,7 +73,8 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generation")
     save_tiny_model(folder / "prose", vocab_size=len(MINE), num_hidden_layers=1, eos_token_id=0)
     save_tiny_model(
-        folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, seed=1, vocab_size=len(THEIRS), eos_token_id=0,
+        folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, seed=1,
+        vocab_size=len(THEIRS), eos_token_id=0,
     )  # fmt: skip
     MINE.save_pretrained(folder / "prose")
     THEIRS.save_pretrained(folder / "code")
@@ -128,7 +134,8 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.port, params.cpuparams.n_threads = sys.argv[1], 128, 1, 0, 1
 server = xllamacpp.Server(params)
 def ask(path, **data):
-    request = urllib.request.Request(server.listening_address + path, json.dumps(data).encode(), {"Content-Type": "application/json"})
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, json.dumps(data).encode(), kind)
     return json.load(urllib.request.urlopen(request, timeout=60))
 asked = json.load(sys.stdin)
 tokens = [ask("/tokenize", content=t, add_special=False, parse_special=True)["tokens"] for t in asked["texts"]]
@@ -189,7 +196,7 @@ def test_llama_cpp_reads_unions_of_other_ways_to_split(to_gguf, tmp_path, digits
     save_tiny_model(tmp_path / "model", vocab_size=len(both), eos_token_id=0)
     both.save_pretrained(tmp_path / "model")
     if digits == 1 and whole:
-        with pytest.raises(CheckpointError, match="llama.cpp has no rule"):
+        with pytest.raises(CheckpointError, match=r"llama\.cpp has no rule"):
             to_gguf.rule(both)
         return
     check_llama_cpp(to_gguf, tmp_path / "model", tmp_path / "model.gguf")
@@ -203,6 +210,6 @@ def ignoring(tokenizer, whole):
 
 def test_a_split_that_gguf_has_no_name_for_is_refused(to_gguf):
     """The shipped experts' own: line breaks with the indentation after them."""
-    with pytest.raises(CheckpointError, match="llama.cpp has no rule that splits texts as"):
+    with pytest.raises(CheckpointError, match=r"llama\.cpp has no rule that splits texts as"):
         to_gguf.rule(load_tokenizer(EXPERTS["prose"]))
     assert to_gguf.rule(BOTH) == "gpt-2"

@@ -21,7 +21,8 @@ from polymerge.recipe import parse
 PROSE = "the other cat thought that there were 12 others, then sat. Déjà vu: 1999 🦊\n" * 6
 CODE = "def f(x):\n    return self.other(x) * 2024\n\n        if there: print('thermal')\n" * 6
 TEXTS = [
-    "plain prose, then some more", "def f(x):\n    return x\n\n\tif x:\n        pass\n", "1234567890 3.14e-8 0x1F", "🦊👩‍👩‍👧🎉",
+    "plain prose, then some more", "def f(x):\n    return x\n\n\tif x:\n        pass\n", "1234567890 3.14e-8 0x1F",
+    "🦊👩‍👩‍👧🎉",
     "中文 и кириллица العربية", "  \t \n\n   ", "naïve café \u0301", "<|endoftext|>", "", "a\u0000b\r\n",
 ]  # fmt: skip
 
@@ -236,5 +237,5 @@ def test_wordpiece_may_read_and_not_be_spoken(folder, tmp_path):
     assert "no spaces, line breaks or case" in told["code: tokenizer"]
     result = polymerge.merge(parse({**asked, "heal": None}), tmp_path / "out")
     assert all(0 < row["fold"] < 20 for row in result.skills.values())
-    with pytest.raises(PreflightError, match="WordPiece tokenizer of 'code' loses spaces.*set tokenizer: prose"):
+    with pytest.raises(PreflightError, match=r"WordPiece tokenizer of 'code' loses spaces.*set tokenizer: prose"):
         polymerge.merge(parse({**asked, "tokenizer": "code"}), tmp_path / "not", dry_run=True)

@@ -53,7 +53,8 @@ class Heal:
     batch_rows: int = 16
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
-    across: Literal["distribution", "likelihood"] = "distribution"
+    across: str = "distribution"
+    text: float = 0.0
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -67,7 +68,6 @@ class Heal:
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("teacher", self.teacher in ("owner", "union"), "owner or union"),
-            ("across", self.across in ("distribution", "likelihood"), "distribution or likelihood"),
             ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "1 or more"),
             ("precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
         ):

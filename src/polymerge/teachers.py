@@ -19,6 +19,7 @@ from torch import Tensor
 from polymerge.calibrate.texts import Rows
 from polymerge.errors import RecipeError
 
+EVEN = 1e-3
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -83,6 +84,7 @@ def likelihood(
     student: Float[Tensor, "row time vocab"],
     teacher: Float[Tensor, "row time vocab"],
     tokens: Int64[Tensor, "row time"],
+    tau: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Σ KL between "the text goes on with this token" and "it does not", from logits; differentiable in the student.
 
@@ -91,11 +93,34 @@ def likelihood(
     """
     following = tokens[:, 1:, None]
     log_q, log_p = (
-        x[:, :-1].float().log_softmax(-1).gather(-1, following)[..., 0].clamp(-40.0, -1e-6) for x in (student, teacher)
+        x[:, :-1].float().log_softmax(-1).gather(-1, following)[..., 0].clamp(-40.0, -1e-6) / tau
+        for x in (student, teacher)
     )
     p = log_p.exp()
     rest_p, rest_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
-    return (p * (log_p - log_q) + (1 - p) * (rest_p - rest_q)).sum()
+    return tau * (p * (log_p - log_q) + (1 - p) * (rest_p - rest_q)).sum()
+
+
+def text_loss(student: Float[Tensor, "row time vocab"], tokens: Int64[Tensor, "row time"]) -> Float[Tensor, ""]:
+    """Σ −log q(the token that the text goes on with), from logits; differentiable in the student."""
+    return F.cross_entropy(student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def foreign(student: Tensor, guide: Any, tokens: Tensor, across: str, text: float) -> Tensor:
+    """Loss on rows of a teacher with another tokenizer."""
+    guess = None
+    if across.startswith("refined"):
+        guess = student.detach().float().softmax(-1)
+        guess = (1 - EVEN) * guess + EVEN / guess.shape[-1]
+    with torch.no_grad():
+        theirs = guide(input_ids=tokens, use_cache=False, guess=guess).logits
+    if across.startswith("likelihood"):
+        loss = likelihood(student, theirs, tokens, float(across[10:] or 1))
+    else:
+        loss = kl(student, theirs)
+    if across.endswith("+alm"):
+        loss = loss + likelihood(student, theirs, tokens, 100.0)
+    return (1 - text) * loss + text * text_loss(student, tokens) if text else loss
 
 
 class Batches:

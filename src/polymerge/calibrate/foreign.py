@@ -58,9 +58,11 @@ class TranslatedTeacher(nn.Module):
         device: torch.device = self.model.device
         return device
 
-    def forward(self, input_ids: Int[Tensor, "row time"], **_: Any) -> SimpleNamespace:
-        """Distributions over the anchor's tokens (row, time, vocab)."""
+    def forward(
+        self, input_ids: Int[Tensor, "row time"], guess: Float[Tensor, "row time vocab"] | None = None, **_: Any
+    ) -> SimpleNamespace:
+        """Distributions over the result's tokens (row, time, vocab); `guess`: see `Translator.project`."""
         rows = input_ids.cpu()
         reading = self.foreign.read(rows)
         found = self.model(input_ids=reading.tokens.to(self.device), use_cache=False).logits.float().log_softmax(-1)
-        return SimpleNamespace(logits=self.foreign.translator.project(found, reading, rows))
+        return SimpleNamespace(logits=self.foreign.translator.project(found, reading, rows, guess))
