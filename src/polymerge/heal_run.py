@@ -96,7 +96,9 @@ class Run:
             guide = self.guides[name]
             if isinstance(guide, TranslatedTeacher):
                 with self._autocast():
-                    loss = loss + learning.foreign(mine, guide, tokens, self.settings.across, self.settings.text)
+                    loss = loss + learning.across(
+                        mine, guide, tokens, kind=self.settings.across, text=self.settings.text
+                    )
                 continue
             with torch.no_grad(), self._autocast():
                 theirs = guide(input_ids=tokens, use_cache=False).logits

@@ -9,7 +9,7 @@ interrupted and called again: a finished fold is not repeated, healing goes on w
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +41,7 @@ from polymerge.progress import Progress, Quiet
 from polymerge.recipe import Recipe, read
 
 HELD_OUT_ROWS, VALIDATION_ROWS = 32, 64
-TEST_ROWS = 512
+TEST_ROWS, TOLD_ROWS = 512, 16
 
 
 @dataclass
@@ -146,6 +146,10 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
+    if foreign:
+        some = rows_of(skills, "calibration", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
+        told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
+        result.report = replace(report, findings=(*report.findings, *told))
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)
 
 

@@ -136,7 +136,7 @@ def healing(value: object) -> object:
     for key in value:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
-    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float}
+    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float, "text": float}
     settings: dict[str, Any] = {key: number.get(key, _same)(v) for key, v in value.items()}
     return Heal(**settings)
 

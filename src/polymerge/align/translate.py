@@ -13,6 +13,12 @@ tokens (`Translator.project`), where u is the donor's next token, v the anchor's
 - where the anchor's actual next token ends at a donor's token end as well, both have written the same bytes: its
             probability is replaced by the donor's for exactly these bytes, Π p(u_i), and the rest scaled to sum to one.
 
+With a guess s(v), a student's own predictions, the counts are left out:
+
+    q(v) = s(v) Σ_u p(u) [v fits u] / Σ_w s(w) [w fits u]
+
+is the distribution nearest to s (in KL) that gives the tokens which begin as u does the donor's probability of u.
+
 A little of the anchor's unigram distribution (`FLOOR`) keeps every logarithm finite.
 """
 
@@ -33,6 +39,8 @@ FLOOR = 1e-3
 REMEMBERED = 4096
 """Beginnings of tokens whose continuations are kept."""
 LEAST, MOST = 1e-30, 1 - 1e-6
+ALONE = 1e-6
+"""Probability below which what shares a donor's token with the actual one is nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +165,13 @@ class Translator:
         reading: Reading,
         tokens: Int[Tensor, "row time"],
         guess: Float[Tensor, "row time vocab"] | None = None,
+        *,
+        seen: bool = True,
     ) -> Float[Tensor, "row time vocab"]:
         """Log q(next anchor token) at every anchor position; proper distributions.
 
-        `guess`: probabilities that share out what a donor's token leaves open, instead of the counts M.
+        `guess`: probabilities that share out what a donor's token leaves open, instead of the counts M. `seen`: the
+        actual next token has the donor's own probability.
         """
         device = log_probs.device
         p = log_probs[..., : len(self.donor.pieces)].float().exp()
@@ -185,6 +196,8 @@ class Translator:
         total = q.sum(-1, keepdim=True)
         q = torch.where(total > LEAST, q / total.clamp_min(LEAST), prior)
         q = (1 - FLOOR) * q + FLOOR * prior
+        if not seen:
+            return q.log()
         return self._replaced(q, log_probs, ahead, reading, tokens.to(device), within=guess is not None).log()
 
     def _inside(self, p: Float[Tensor, " donor"], read: bytes) -> Float[Tensor, " vocab"]:
@@ -248,8 +261,10 @@ class Translator:
         begins = reading.exact[:, :-1].to(device) & (begun[tokens[:, 1:]] == after)
         alike = begins[..., None] & (begun == after[..., None])
         mass = (q[:, :-1] * alike).sum(-1)
-        least = torch.maximum(mass, chunk * (1 + 1e-6))  # rounding, or a token that counts in two ways
-        inside = (least - chunk) / (mass - before).clamp_min(LEAST)
+        rest = (q[:, :-1] * alike).scatter(-1, tokens[:, 1:, None], 0.0).sum(-1)
+        # The donor's token together; at least the actual one, which is all of it where no other token begins so.
+        least = torch.where(rest > ALONE, torch.maximum(mass, chunk), chunk)
+        inside = (least - chunk) / rest.clamp_min(ALONE)
         everywhere = (1 - chunk) / (1 - before).clamp_min(LEAST)
         outside = torch.where(begins, (1 - least) / (1 - mass).clamp_min(LEAST), everywhere)
         return torch.where(alike, inside[..., None], outside[..., None])

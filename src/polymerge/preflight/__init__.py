@@ -22,10 +22,11 @@ from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
+from polymerge.preflight.translation import translation_findings
 from polymerge.preflight.vocabulary import foreign_experts, vocabulary_findings
 from polymerge.recipe import Recipe
 
-__all__ = ["Finding", "Level", "Report", "check", "foreign_experts"]
+__all__ = ["Finding", "Level", "Report", "check", "foreign_experts", "translation_findings"]
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 

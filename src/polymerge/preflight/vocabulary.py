@@ -25,7 +25,6 @@ PROBE = (
 )
 SAMPLES, LETTERS = 4, 2000
 """Documents per skill, and characters of each, that both tokenizers encode."""
-EXPECTED = "expect some tenths of a bit per byte on its skill before healing, little after"
 
 
 def foreign_experts(speech: Speech, tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]) -> dict[str, str]:
@@ -125,11 +124,11 @@ def _translated(mine: ByteView, theirs: ByteView, skill: Skill) -> str:
         ends, read = ends + len(ours) - 1, read + len(foreign) - 1
         shared_ends += len(common_boundaries(ours, foreign)[0]) - 1
     same = len(shared(mine, theirs)[0])
-    loss = "it sees no spaces, line breaks or case, whose probability is not known; " if theirs.kind == "words" else ""
+    loss = "; it sees no spaces, line breaks or case, whose probability is not known" if theirs.kind == "words" else ""
     return (
         f"another tokenizer ({len(theirs.pieces):,} tokens, {same:,} of the result's {len(mine.pieces):,} among them): "
         f"it reads {read / max(1, ends):.2f} tokens for each of the result's, {shared_ends / max(1, ends):.0%} of "
-        f"which end where one of its own does; {loss}{EXPECTED}"
+        f"which end where one of its own does{loss}"
     )
 
 
