@@ -239,3 +239,16 @@ def test_wordpiece_may_read_and_not_be_spoken(folder, tmp_path):
     assert all(0 < row["fold"] < 20 for row in result.skills.values())
     with pytest.raises(PreflightError, match=r"WordPiece tokenizer of 'code' loses spaces.*set tokenizer: prose"):
         polymerge.merge(parse({**asked, "tokenizer": "code"}), tmp_path / "not", dry_run=True)
+
+
+def test_a_family_whose_tokenizer_cannot_be_loaded_as_it_is_is_refused(folder, tmp_path):
+    """AutoTokenizer reads every qwen2 folder with Qwen2's rule; a qwen2 expert that has this already is told of it."""
+    asked = recipe(folder, family="qwen2", tokenizer="union")
+    with pytest.raises(PreflightError, match=r"splits texts of a qwen2 by that family's own rule.*set family: llama"):
+        polymerge.merge(parse(asked), tmp_path / "out", dry_run=True)
+    save_tiny_model(tmp_path / "qwen", "qwen2", vocab_size=len(MINE), eos_token_id=0)
+    MINE.save_pretrained(tmp_path / "qwen")
+    asked = recipe(folder)
+    asked["experts"]["prose"]["model"] = str(tmp_path / "qwen")
+    told = {f.subject: f.text for f in polymerge.merge(parse(asked), tmp_path / "out", dry_run=True).report.findings}
+    assert "load it with PreTrainedTokenizerFast" in told["tokenizer: loading"]

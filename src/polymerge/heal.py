@@ -55,7 +55,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
-    text: float = 0.5
+    text: float = 0.8
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -198,7 +198,11 @@ class Translator:
         q = (1 - FLOOR) * q + FLOOR * prior
         if not seen:
             return q.log()
-        return self._replaced(q, log_probs, ahead, reading, tokens.to(device), within=guess is not None).log()
+        return (
+            self._replaced(q, log_probs, ahead, reading, tokens.to(device), within=guess is not None)
+            .clamp_min(LEAST)
+            .log()
+        )
 
     def _inside(self, p: Float[Tensor, " donor"], read: bytes) -> Float[Tensor, " vocab"]:
         donor, anchor = self._continued(read)
@@ -260,13 +264,13 @@ class Translator:
         after = reading.tokens.gather(1, index).to(device)
         begins = reading.exact[:, :-1].to(device) & (begun[tokens[:, 1:]] == after)
         alike = begins[..., None] & (begun == after[..., None])
-        mass = (q[:, :-1] * alike).sum(-1)
+        mass, others = (q[:, :-1] * alike).sum(-1), (q[:, :-1] * ~alike).sum(-1)  # 1 − mass loses what is small
         rest = (q[:, :-1] * alike).scatter(-1, tokens[:, 1:, None], 0.0).sum(-1)
         # The donor's token together; at least the actual one, which is all of it where no other token begins so.
         least = torch.where(rest > ALONE, torch.maximum(mass, chunk), chunk)
         inside = (least - chunk) / rest.clamp_min(ALONE)
         everywhere = (1 - chunk) / (1 - before).clamp_min(LEAST)
-        outside = torch.where(begins, (1 - least) / (1 - mass).clamp_min(LEAST), everywhere)
+        outside = torch.where(begins, (1 - least) / others.clamp_min(ALONE), everywhere)
         return torch.where(alike, inside[..., None], outside[..., None])
 
     def _begun(self) -> Tensor:

@@ -23,7 +23,7 @@ from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
 from polymerge.preflight.translation import translation_findings
-from polymerge.preflight.vocabulary import foreign_experts, vocabulary_findings
+from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
 from polymerge.recipe import Recipe
 
 __all__ = ["Finding", "Level", "Report", "check", "foreign_experts", "translation_findings"]
@@ -77,6 +77,8 @@ def check(
     else:
         _check_rows(speech, {name: source for name, source in sources.items() if name not in foreign})
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
+        own = not speech.union and specs[speech.owner].family == plan.family.model_type
+        findings += loading_findings(plan.family.model_type, own, speech, texts)
     findings += _dtypes(recipe, sources)
     findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)

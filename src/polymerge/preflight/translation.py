@@ -46,8 +46,8 @@ def translation_findings(
         shortest = min(lengths, key=lambda name: lengths[name])
         if lengths[shortest] < SHORTER * mine:
             text = (
-                f"{shortest!r} has the shortest tokens, {lengths[shortest]:.2f} bytes each on these texts; the result's "
-                f"have {mine:.2f}. Longer tokens can be told in shorter ones, not the other way round: "
+                f"{shortest!r} has the shortest tokens, {lengths[shortest]:.2f} bytes each on these texts, the "
+                f"result's {mine:.2f}. Longer tokens can be told in shorter ones, not the other way round: "
                 f"`tokenizer: {shortest}` loses less per byte, with rows of more tokens"
             )
             out.append(Finding("warning", "tokenizer: length", text))

@@ -5,8 +5,11 @@ described differently to the same effect (an older file of one tokenizer): so bo
 and a sample of the recipe's own texts, and the ids decide.
 """
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from polymerge.align.same import same_vocabulary
@@ -82,6 +85,27 @@ def vocabulary_findings(
     if len(specs) > 1 and not any(f.subject == "tokenizer" or f.subject.endswith(": tokenizer") for f in out):
         out.append(Finding("exact", "tokenizer", f"the same for all: {len(mine.pieces):,} tokens"))
     return out
+
+
+def loading_findings(family: str, own: bool, speech: Speech, skills: Mapping[str, Skill]) -> Iterator[Finding]:
+    """Whether AutoTokenizer will cut texts as the result's tokenizer does.
+
+    For some model types (transformers 5: qwen2) it splits texts by that type's own rule, whatever tokenizer.json says.
+    Raises PreflightError for that, or only tells it where the expert that the tokenizer is of has it already (`own`).
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="polymerge-") as place:
+        speech.tokenizer.save_pretrained(place)
+        (Path(place) / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
+        loaded = AutoTokenizer.from_pretrained(place)
+    texts = [PROBE, *(d[:LETTERS] for skill in skills.values() for d in skill.calibration[:SAMPLES])]
+    if all(_ids(loaded, text) == _ids(speech.tokenizer, text) for text in texts):
+        return
+    problem = f"AutoTokenizer splits texts of a {family} by that family's own rule, not as {speech.name} does"
+    if not own:
+        raise PreflightError(f"family: {problem}, so it would feed the result wrong tokens; set family: llama")
+    yield Finding("warning", "tokenizer: loading", f"{problem}; load it with PreTrainedTokenizerFast")
 
 
 def _difference(speech: Speech, name: str, mine: ByteView, theirs: ByteView, skills: Mapping[str, Skill]) -> str | None:
