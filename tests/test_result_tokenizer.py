@@ -252,3 +252,9 @@ def test_a_family_whose_tokenizer_cannot_be_loaded_as_it_is_is_refused(folder, t
     asked["experts"]["prose"]["model"] = str(tmp_path / "qwen")
     told = {f.subject: f.text for f in polymerge.merge(parse(asked), tmp_path / "out", dry_run=True).report.findings}
     assert "load it with PreTrainedTokenizerFast" in told["tokenizer: loading"]
+
+
+def test_a_union_cannot_teach_across_tokenizers(folder, tmp_path):
+    asked = recipe(folder, heal={"tokens": "512", "batch_rows": 8, "length": 16, "teacher": "union"})
+    with pytest.raises(PreflightError, match=r"'code' has another than the result; set heal\.teacher: owner"):
+        polymerge.merge(parse(asked), tmp_path / "out", dry_run=True)

@@ -71,6 +71,11 @@ def check(
     foreign = foreign_experts(speech, tokenizers, texts) if foreign is None else foreign
     translate = recipe.method in ("fold", "union")
     findings = vocabulary_findings(speech, foreign, tokenizers, specs, texts, translate=translate)
+    if foreign and recipe.method == "fold" and recipe.heal is not None and recipe.heal.teacher == "union":
+        raise PreflightError(
+            f"heal.teacher: a union teaches experts of one tokenizer only, {next(iter(foreign))!r} has another than the "
+            "result; set heal.teacher: owner"
+        )
     if plan is None:
         text = "every expert whole, weights rounded to the result's dtype at most"
         findings += [Finding("exact", f"{name}: union", text) for name in specs]
