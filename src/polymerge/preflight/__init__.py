@@ -73,7 +73,7 @@ def check(
     findings = vocabulary_findings(speech, foreign, tokenizers, specs, texts, translate=translate)
     if foreign and recipe.method == "fold" and recipe.heal is not None and recipe.heal.teacher == "union":
         raise PreflightError(
-            f"heal.teacher: a union teaches experts of one tokenizer only, {next(iter(foreign))!r} has another than the "
+            f"heal.teacher: a union teaches experts of one tokenizer, {next(iter(foreign))!r} has another than the "
             "result; set heal.teacher: owner"
         )
     if plan is None:
