@@ -294,7 +294,7 @@ def test_preflight_measures_what_telling_costs(folder, tmp_path):
         findings = polymerge.merge(parse(recipe), tmp_path / "out", dry_run=True).report.findings
         told = {f.subject: f.text for f in findings}
         other = "prose" if anchor == "code" else "code"
-        assert "bits per byte on calibration text" in told[f"{other}: translation"]
+        assert "bits per byte on validation text" in told[f"{other}: translation"]
         assert f"{anchor}: translation" not in told
         assert (needle or "") in told.get("tokenizer: length", "")
         assert ("tokenizer: length" in told) == (needle is not None)

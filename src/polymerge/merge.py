@@ -147,7 +147,7 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
     if foreign:
-        some = rows_of(skills, "calibration", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
+        some = rows_of(skills, "validation", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
         told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
         result.report = replace(report, findings=(*report.findings, *told))
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)

@@ -1,8 +1,9 @@
 """What it is expected to cost that an expert is told in another tokenizer's tokens.
 
-Measured on a few rows of its calibration text: what its predictions of the result's next token, made before that token
-is seen, cost in bits per byte above its own tokens' predictions. That is lost where its tokens are shorter than the
-result's and say only how the next one begins.
+Measured on a few rows of its validation text (counts are made on calibration text): what its predictions of the
+result's next token, made before that token is seen, cost in bits per byte above its own tokens' predictions. That is
+lost where its tokens are shorter than the result's and say only how the next one begins. Where they are longer nothing
+is: a prediction inside a token knows that the token goes on, and can even come out ahead, which counts as no cost.
 """
 
 from collections.abc import Mapping
@@ -29,15 +30,16 @@ def translation_findings(
 ) -> list[Finding]:
     """What each foreign expert loses in being told, and whose tokenizer would lose least.
 
-    rows: calibration rows of every skill in the result's tokens; readers: experts, the foreign ones as `Foreign`.
+    rows: validation rows of every skill in the result's tokens; readers: experts, the foreign ones as `Foreign`.
     """
     out: list[Finding] = []
     foreign = {name: reader for name, reader in readers.items() if isinstance(reader, Foreign)}
     for name, reader in foreign.items():
         own, told = reader.told(rows[name].tokens)
+        cost = max(0.0, told - own)
         text = (
-            f"told in the result's tokens its predictions cost {told - own:+.3f} bits per byte on calibration text "
-            f"({told:.3f}; {own:.3f} in its own): {_expected(told - own)}"
+            f"told in the result's tokens its predictions cost {cost:+.3f} bits per byte on validation text "
+            f"({own:.3f} in its own): {_expected(cost)}"
         )
         out.append(Finding("approximate", f"{name}: translation", text))
     if foreign:
