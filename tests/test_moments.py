@@ -51,3 +51,18 @@ def test_ridge_does_not_depend_on_the_scale_of_the_inputs():
     x, y, w = rows()
     small, large = filled((x, y, w)).solve(0.1), filled((x * 1e3, y, w)).solve(0.1)
     torch.testing.assert_close(small, large * 1e3)
+
+
+def test_what_rounding_left_of_a_difference_can_be_solved():
+    """Rows counted and taken back in float32: the rest is small, and slightly indefinite."""
+    generator = torch.Generator().manual_seed(0)
+    loud, quiet = (torch.randn(600, 40, generator=generator) * scale for scale in (100.0, 0.1))
+    quiet[:, 20:] = 0
+    moments = Moments.zeros(40, 1)
+    moments.add(quiet, quiet[:, :1], torch.ones(600))
+    moments.add_gram(loud, torch.ones(600))
+    for rows in loud.split(7):
+        moments.add_gram(rows, -torch.ones(len(rows)))
+    assert float(torch.linalg.eigvalsh(moments.gram)[0]) < -1e-4 * float(moments.gram.diagonal().mean())
+    assert torch.isfinite(moments.solve(1e-4)).all()
+    torch.linalg.cholesky(moments.damped(1e-4))

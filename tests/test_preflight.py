@@ -134,7 +134,7 @@ def test_a_fold_says_what_it_makes_of_another_tokenizer(look, made):
     model = made("wide", vocab_size=260)
     level, text = found(look(model, model, tokenizers={"b": larger}), "b: tokenizer")
     assert level == "approximate"
-    assert "another tokenizer (259 tokens, 257 of the anchor's 257" in text
+    assert "another tokenizer (259 tokens, 257 of the result's 257" in text
 
 
 def test_same_tokens_cut_in_other_places_are_refused(look, made):
@@ -180,7 +180,7 @@ def test_padding_rows_are_told_and_needed_in_every_expert(look, made):
     assert found(look(plain, padded), "b: vocabulary") == (
         "exact", "7 of 264 embedding rows are padding, used by no token",
     )  # fmt: skip
-    refused(PreflightError, look, "264", "257", "set anchor: b", a=padded, b=plain)
+    refused(PreflightError, look, "264", "257", "set tokenizer: b", a=padded, b=plain)
     look(padded, plain, method="union")
 
 

@@ -1,11 +1,13 @@
 """Experts with another tokenizer: readings are causal and exact where they say so, projections are distributions."""
 
+import math
+
 import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, save_tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import polymerge
 from polymerge.align.token_bytes import byte_view
@@ -13,6 +15,8 @@ from polymerge.align.translate import FLOOR, Translator
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
 from polymerge.errors import PreflightError
 from polymerge.model.source import Source
+from polymerge.recipe import parse
+from polymerge.teachers import across
 
 TEXT = "an apple é 12 apples 🦊, ananas\n" * 8
 
@@ -162,8 +166,6 @@ def test_a_merge_speaks_the_anchors_tokenizer(folder, anchor):
 
 
 def test_a_translated_teacher_and_a_foreign_expert_agree(folder):
-    from transformers import AutoModelForCausalLM
-
     source = Source(folder / "code")
     translator, rows, _ = setting(BYTES, COARSE)
     foreign = Foreign("code", source, translator)
@@ -182,8 +184,6 @@ def test_rows_longer_than_the_experts_positions_are_refused(folder):
 
 
 def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
-    from transformers import AutoModelForCausalLM
-
     recipe = {
         "method": "union", "anchor": "prose", "dtype": "float32", "fold": {"length": 16, "tokens": 640},
         "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
@@ -196,3 +196,105 @@ def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
     probabilities = model(input_ids=tokens).logits.softmax(-1)
     assert torch.isfinite(probabilities).all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(tokens.shape))
+
+
+@pytest.mark.parametrize(("anchor", "donor"), PAIRS)
+def test_a_guess_gives_distributions_too(anchor, donor):
+    translator, rows, reading = setting(anchor, donor)
+    generator = torch.Generator().manual_seed(1)
+    guess = torch.randn(*rows.shape, len(anchor), generator=generator).softmax(-1)
+    p = random_log_probs(reading, len(donor))
+    for seen in (True, False):
+        q = translator.project(p, reading, rows, guess, seen=seen)
+        assert torch.isfinite(q).all()
+        torch.testing.assert_close(q.exp().sum(-1), torch.ones(rows.shape), atol=1e-4, rtol=0)
+    # The text still has the probability that the donor gives it.
+    with_counts, with_guess = (
+        translator.project(p, reading, rows, g)[:, :-1].gather(-1, rows[:, 1:, None]) for g in (None, guess)
+    )
+    torch.testing.assert_close(with_counts, with_guess, atol=0.02, rtol=0.02)
+
+
+def test_a_guess_shares_out_what_the_donor_leaves_open():
+    """A donor of bytes: tokens that begin with a byte have its probability together, and the guess's shares in it."""
+    translator, rows, reading = setting(COARSE, BYTES)
+    generator = torch.Generator().manual_seed(1)
+    guess = torch.randn(*rows.shape, len(COARSE), generator=generator).softmax(-1)
+    p = random_log_probs(reading, len(BYTES))
+    view, byte = byte_view(COARSE), {b: i for i, b in enumerate(byte_view(BYTES).surface)}
+    p[..., byte[b"a"]] += 5.0
+    p = p.log_softmax(-1)
+    alike = torch.tensor([i for i, b in enumerate(view.surface) if b[:1] == b"a" and not view.special[i]])
+    assert len(alike) > 4
+    compared = 0
+    for seen in (True, False):
+        q = translator.project(p, reading, rows, guess, seen=seen).exp()
+        for t in range(rows.shape[1] - 1):
+            if not (reading.exact[0, t] and reading.exact[0, t + 1]):
+                continue
+            asked = float(p[0, int(reading.last[0, t]), byte[b"a"]].exp())
+            assert float(q[0, t, alike].sum()) == pytest.approx(asked, abs=3 * FLOOR)
+            others = alike[alike != rows[0, t + 1]] if seen else alike
+            shares, wanted = q[0, t, others], guess[0, t, others]
+            if float(shares.sum()) < 20 * FLOOR:  # mostly the floor
+                continue
+            compared += 1
+            torch.testing.assert_close(shares / shares.sum(), wanted / wanted.sum(), atol=0.03, rtol=0.05)
+    assert compared > 3
+
+
+def test_a_guess_of_the_truth_stays_the_truth():
+    translator, rows, reading = setting(COARSE, COARSE)
+    p = random_log_probs(reading, len(COARSE))
+    q = translator.project(p, reading, rows, p.exp()).exp()
+    assert (q - p.exp()).abs().max() < 3 * FLOOR
+
+
+@pytest.mark.parametrize("kind", ["distribution", "likelihood"])
+def test_the_loss_across_tokenizers(folder, kind):
+    """All text: cross-entropy. None: nothing where the student says what the teacher does, and more elsewhere."""
+    source = Source(folder / "code")
+    translator, rows, _ = setting(BYTES, COARSE)
+    model = AutoModelForCausalLM.from_pretrained(folder / "code", dtype=torch.float32)
+    teacher = TranslatedTeacher(model, Foreign("code", source, translator))
+    student = torch.randn(*rows.shape, len(BYTES), generator=torch.Generator().manual_seed(2)).requires_grad_()
+    own = torch.nn.functional.cross_entropy(student[:, :-1].transpose(1, 2), rows[:, 1:], reduction="sum")
+    torch.testing.assert_close(across(student, teacher, rows, kind=kind, text=1.0), own)
+    alone = across(student, teacher, rows, kind=kind, text=0.0)
+    assert float(alone.detach()) > 0
+    torch.testing.assert_close(across(student, teacher, rows, kind=kind, text=0.25), 0.75 * alone + 0.25 * own)
+    (slope,) = torch.autograd.grad(alone, student)
+    assert torch.isfinite(slope).all()
+    with torch.no_grad():
+        same = teacher(input_ids=rows).logits
+        assert float(across(same, teacher, rows, kind=kind, text=0.0)) < 0.05 * float(alone)
+
+
+def test_what_is_told_of_the_same_tokens_costs_nothing(folder):
+    """And of longer ones told in bytes nothing either (random models even gain by the counts)."""
+    source = Source(folder / "code")
+    for anchor in (COARSE, BYTES):
+        translator, rows, reading = setting(anchor, COARSE)
+        own, told = Foreign("code", source, translator).told(rows)
+        assert told < own + 0.05
+        assert told > own - (0.02 if anchor is COARSE else 1)
+        if anchor is COARSE:
+            tokens = reading.tokens
+            steps = source.log_probs(tokens).double().sum()
+            size = sum(len(translator.donor.surface[i]) for i in tokens[:, 1:].flatten().tolist())
+            assert own == pytest.approx(-float(steps) / math.log(2) / size, rel=1e-4)
+
+
+def test_preflight_measures_what_telling_costs(folder, tmp_path):
+    for anchor, needle in (("code", "'prose' has the shortest tokens"), ("prose", None)):
+        recipe = {
+            "method": "fold", "anchor": anchor, "size": {"params": "1.5x"}, "fold": {"length": 16, "tokens": 640},
+            "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
+        }  # fmt: skip
+        findings = polymerge.merge(parse(recipe), tmp_path / "out", dry_run=True).report.findings
+        told = {f.subject: f.text for f in findings}
+        other = "prose" if anchor == "code" else "code"
+        assert "bits per byte on validation text" in told[f"{other}: translation"]
+        assert f"{anchor}: translation" not in told
+        assert (needle or "") in told.get("tokenizer: length", "")
+        assert ("tokenizer: length" in told) == (needle is not None)

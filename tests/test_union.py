@@ -21,7 +21,7 @@ from transformers import (
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods._union_modeling import BayesGate, UnionCache, UnionConfig, UnionForCausalLM
+from polymerge.methods._union_modeling import CACHE, BayesGate, UnionCache, UnionConfig, UnionForCausalLM
 from polymerge.methods.union import MODELING_FILE, build_union, stored_names, union_config
 
 V = 40
@@ -270,7 +270,7 @@ def test_generation_goes_on_from_a_returned_cache():
     again = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
     mask = torch.ones_like(again)
     fresh = union.generate(again, attention_mask=mask, max_new_tokens=4)
-    went_on = union.generate(again, attention_mask=mask, max_new_tokens=4, past_key_values=first.past_key_values)
+    went_on = union.generate(again, attention_mask=mask, max_new_tokens=4, **{CACHE: first.past_key_values})
     assert torch.equal(fresh, went_on)
 
 

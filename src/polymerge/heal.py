@@ -40,8 +40,9 @@ class Heal:
         batch_rows: rows a step; the further a skill is behind its owner, the larger its share.
         length: tokens a row.
         teacher: each text's owner, or the union of all experts.
-        across: what is learned from an owner with another tokenizer: its distribution told in the anchor's tokens, or
+        across: what is learned from an owner with another tokenizer: its distribution told in the result's tokens, or
             only the likelihood of the bytes that follow.
+        text: share of the text's own next token in the loss on such an owner's rows.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long
             ones, and fewer where the validation text is so long that they would take over 15 % of the time.
         precision: of forward passes; "auto" is bfloat16 autocast where the hardware is faster with it.
@@ -54,6 +55,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
+    text: float = 0.8
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -68,6 +70,7 @@ class Heal:
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("teacher", self.teacher in ("owner", "union"), "owner or union"),
             ("across", self.across in ("distribution", "likelihood"), "distribution or likelihood"),
+            ("text", 0 <= self.text <= 1, "a share from 0 to 1"),
             ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "1 or more"),
             ("precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
         ):

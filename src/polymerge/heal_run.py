@@ -93,12 +93,16 @@ class Run:
             logits = self.student(input_ids=torch.cat(parts), use_cache=False).logits
         loss = torch.zeros((), device=self.device)
         for name, tokens, mine in zip(drawn, parts, logits.split([len(p) for p in parts]), strict=True):
+            guide = self.guides[name]
+            if isinstance(guide, TranslatedTeacher):
+                with self._autocast():
+                    loss = loss + learning.across(
+                        mine, guide, tokens, kind=self.settings.across, text=self.settings.text
+                    )
+                continue
             with torch.no_grad(), self._autocast():
-                theirs = self.guides[name](input_ids=tokens, use_cache=False).logits
-            if self.settings.across == "likelihood" and isinstance(self.guides[name], TranslatedTeacher):
-                loss = loss + learning.likelihood(mine, theirs, tokens)
-            else:
-                loss = loss + learning.kl(mine, theirs)
+                theirs = guide(input_ids=tokens, use_cache=False).logits
+            loss = loss + learning.kl(mine, theirs)
         loss = loss / logits.shape[:2].numel()
         self.optimizer.zero_grad()
         loss.backward()

@@ -7,9 +7,9 @@ interrupted and called again: a finished fold is not repeated, healing goes on w
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from polymerge import heal as healing
 from polymerge import methods, preflight, record, threads
 from polymerge import plan as planning
-from polymerge.align.token_bytes import as_view
+from polymerge.align.token_bytes import as_view, byte_view
 from polymerge.align.translate import Translator
+from polymerge.calibrate import speech
 from polymerge.calibrate.calibration import Calibration, best_experts, gather
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
+from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
@@ -39,7 +41,7 @@ from polymerge.progress import Progress, Quiet
 from polymerge.recipe import Recipe, read
 
 HELD_OUT_ROWS, VALIDATION_ROWS = 32, 64
-TEST_ROWS = 512
+TEST_ROWS, TOLD_ROWS = 512, 16
 
 
 @dataclass
@@ -122,7 +124,9 @@ def merge(
                 student = job.build(Path(work) if work is not None else scratch)
                 job.heal(student)
                 job.write(student, writer)
-            record.finish(writer, job.recipe, job.text, job.sources, job.skills, job.calibration, job.result)
+            record.finish(
+                writer, job.recipe, job.text, job.sources, job.skills, job.calibration, job.speech, job.result
+            )
     return job.finished(out)
 
 
@@ -135,13 +139,18 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
     sizes = {k: s.parameters for k, s in sources.items()}
     specs = {k: s.spec for k, s in sources.items()}
-    shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes)
-    report = preflight.check(recipe, sources, tokenizers, shapes, out, skills)
+    spoken = speech.resolve(recipe, tokenizers, specs)
+    foreign = preflight.foreign_experts(spoken, tokenizers, skills)
+    shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes, vocab=spoken.vocab)
+    report = preflight.check(recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign)
     result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
-    tokenizer = tokenizers[recipe.anchor]
-    test = rows_of(skills, "test", tokenizer, recipe.fold.length, TEST_ROWS)
-    readers = readers_of(recipe, sources, tokenizers, skills)
-    return Job(recipe, text, sources, readers, skills, tokenizers, shapes, test, result, clock, progress)
+    test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
+    readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
+    if foreign:
+        some = rows_of(skills, "validation", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
+        told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
+        result.report = replace(report, findings=(*report.findings, *told))
+    return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)
 
 
 @dataclass
@@ -154,6 +163,7 @@ class Job:
     readers: Mapping[str, Source | Foreign]
     skills: Mapping[str, Skill]
     tokenizers: Mapping[str, Any]
+    speech: Speech
     shapes: planning.Plan | None
     test: Mapping[str, Rows]
     result: MergeResult
@@ -166,12 +176,12 @@ class Job:
 
     @property
     def tokenizer(self) -> Any:
-        """The anchor's."""
-        return self.tokenizers[self.recipe.anchor]
+        """The result's."""
+        return self.speech.tokenizer
 
     @property
     def anchor(self) -> Source:
-        """The expert whose family and tokenizer the result takes."""
+        """The expert whose family the result takes."""
         return self.sources[self.recipe.anchor]
 
     def measure_experts(self) -> None:
@@ -185,7 +195,7 @@ class Job:
         experts, dtype = {k: s.checkpoint for k, s in self.sources.items()}, getattr(torch, self.recipe.dtype)
         settings = self.recipe.union.model_dump()
         several = any(isinstance(reader, Foreign) for reader in self.readers.values())
-        spoken, anchor = self.tokenizers if several else None, self.recipe.anchor
+        spoken, anchor = self.tokenizers if several else None, self.speech.owner
         config = union.union_config(experts, anchor=anchor, dtype=dtype, tokenizers=spoken, **settings)
         union.build_union(experts, writer, config, dtype, spoken, anchor)
 
@@ -200,7 +210,8 @@ class Job:
         if done is None:
             with CheckpointWriter(folder) as writer:
                 done = self._merge(texts, writer)
-                write_config(writer, hf_config(family, done.choice.target, self.anchor), torch.float32)
+                speaker = self.sources[self.speech.owner]
+                write_config(writer, hf_config(family, done.choice.target, self.anchor, speaker), torch.float32)
                 record.save_fold(writer, done, key)
         chosen, result = done.choice, self.result
         result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
@@ -219,7 +230,9 @@ class Job:
         self.part = [k for k in self.sources if k in self.owners.values()]
         if len(self.part) < len(self.sources):
             specs = {k: s.spec for k, s in self.sources.items()}
-            self.shapes = planning.make(self.recipe, specs, self.result.expert_parameters, self.part)
+            self.shapes = planning.make(
+                self.recipe, specs, self.result.expert_parameters, self.part, vocab=self.speech.vocab
+            )
         return texts
 
     def _merge(self, texts: Calibration, writer: CheckpointWriter) -> folding.Folded:
@@ -297,19 +310,23 @@ class Job:
 
 
 def readers_of(
-    recipe: Recipe, sources: Mapping[str, Source], tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    tokenizers: Mapping[str, Any],
+    skills: Mapping[str, Skill],
+    spoken: Speech,
+    foreign: Iterable[str],
 ) -> dict[str, Source | Foreign]:
-    """The experts as readers of the anchor's tokens: those with another tokenizer behind a translator."""
+    """The experts as readers of the result's tokens: those that are `foreign` to them behind a translator."""
     readers: dict[str, Source | Foreign] = dict(sources)
-    others = preflight.foreign_experts(recipe.anchor, tokenizers, skills)
-    if not others:
+    if not foreign:
         return readers
-    tokenizer, vocab = tokenizers[recipe.anchor], sources[recipe.anchor].spec.vocab
     limit = max(1, recipe.fold.tokens // recipe.fold.length)
-    rows = rows_of(skills, "calibration", tokenizer, recipe.fold.length, limit)
-    for name in others:
+    rows = rows_of(skills, "calibration", spoken.tokenizer, recipe.fold.length, limit)
+    mine = as_view(spoken.tokenizer)
+    for name in foreign:
         lead = adds_bos(tokenizers[name])
-        translator = Translator(as_view(tokenizer), as_view(tokenizers[name]), vocab, lead=lead)
+        translator = Translator(mine, byte_view(tokenizers[name]), spoken.vocab, lead=lead)
         translator.fit(torch.cat([r.tokens for r in rows.values()]))
         readers[name] = Foreign(name, sources[name], translator)
     return readers
@@ -378,7 +395,7 @@ def measure_experts(
 
 
 def load_expert(source: Source | Foreign) -> Any:
-    """The expert as a transformers model, to teach (in the anchor's tokens)."""
+    """The expert as a transformers model, to teach (in the result's tokens)."""
     from transformers import AutoModelForCausalLM
 
     if isinstance(source, Foreign):

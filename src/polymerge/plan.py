@@ -44,9 +44,13 @@ def parameters(family: Family, spec: Spec) -> int:
 
 
 def make(
-    recipe: Recipe, specs: dict[str, Spec], expert_parameters: dict[str, int], part: Sequence[str] | None = None
+    recipe: Recipe,
+    specs: dict[str, Spec],
+    expert_parameters: dict[str, int],
+    part: Sequence[str] | None = None,
+    vocab: int | None = None,
 ) -> Plan:
-    """The plan of a recipe; `part`: the experts that take part, all by default.
+    """The plan of a recipe; `part`: the experts that take part, all by default; `vocab`: tokens, default the anchor's.
 
     Raises PreflightError when no shape fits what was asked.
     """
@@ -56,7 +60,7 @@ def make(
         raise PreflightError(f"family: {name!r} cannot be a result; choose one of {', '.join(TARGETS)}")
     family = families.get(name)
     experts = [spec for name, spec in specs.items() if part is None or name in part]
-    base = _base(family, anchor, experts)
+    base = replace(_base(family, anchor, experts), vocab=vocab or anchor.vocab)
     if recipe.method != "fold":
         return Plan(family, (_largest(family, base, experts),), None)
     if recipe.size == "union":

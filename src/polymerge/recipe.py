@@ -1,7 +1,8 @@
 """What the user asks for: a YAML file, checked key by key before anything else happens.
 
     method: fold                 # a file in methods/
-    anchor: prose                # whose family and tokenizer the result takes
+    anchor: prose                # whose family and, unless `tokenizer` says else, tokenizer the result takes
+    tokenizer: prose             # optional: an expert's; or union: the vocabularies of all in one
     experts:
       prose: {model: experts/prose-llama, text: [text/prose.txt]}
       code:  {model: experts/code-neox,   text: [text/code.txt]}
@@ -136,7 +137,7 @@ def healing(value: object) -> object:
     for key in value:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
-    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float}
+    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float, "text": float}
     settings: dict[str, Any] = {key: number.get(key, _same)(v) for key, v in value.items()}
     return Heal(**settings)
 
@@ -150,6 +151,7 @@ class Recipe(_Strict):
 
     method: str
     anchor: str
+    tokenizer: str | None = None
     experts: dict[str, Expert] = Field(min_length=1)
     size: Size | Literal["union"] = Size(params=Budget(times=1.5))
     family: str | None = None
@@ -165,8 +167,21 @@ class Recipe(_Strict):
         if self.anchor not in self.experts:
             raise ValueError(f"anchor: {self.anchor!r} is not among the experts ({', '.join(self.experts)})")
         methods.check(self.method)
+        self._check_tokenizer()
         methods.check_options(self.method, self.options)
         return self
+
+    def _check_tokenizer(self) -> None:
+        known = [*self.experts, "union"]
+        if self.tokenizer is not None and self.tokenizer not in known:
+            raise ValueError(f"tokenizer: {unknown('tokenizer', self.tokenizer, known)}")
+        if self.tokenizer == "union" and "union" in self.experts:
+            raise ValueError("tokenizer: 'union' is an expert's name here; rename the expert")
+        if self.tokenizer == "union" and self.method == "union":
+            raise ValueError(
+                "tokenizer: a union keeps the experts whole, so one of them must read the result's tokens; "
+                "name an expert, or use method: fold"
+            )
 
 
 def read(path: Path | str) -> tuple[Recipe, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from polymerge import preflight
+from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Skill
 from polymerge.checkpoint.card import Card, SkillRow, model_card
 from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
@@ -95,13 +96,16 @@ def finish(
     sources: Mapping[str, Source],
     skills: Mapping[str, Skill],
     calibration: str,
+    speech: Speech,
     result: "MergeResult",
 ) -> None:
     """Everything beside the weights and the config."""
-    anchor = sources[recipe.anchor].checkpoint
-    generation = anchor.generation_config_file()
-    for path in (*anchor.tokenizer_files(), *([generation] if generation else [])):
+    speaker = sources[speech.owner].checkpoint
+    generation = speaker.generation_config_file()
+    for path in (*(() if speech.union else speaker.tokenizer_files()), *([generation] if generation else [])):
         writer.copy(path)
+    if speech.union:
+        speech.tokenizer.save_pretrained(writer.folder)
     writer.text("polymerge-recipe.yaml", text)
     writer.text(LOCK, lock_text(
         recipe=plain(recipe),

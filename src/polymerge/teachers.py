@@ -19,6 +19,10 @@ from torch import Tensor
 from polymerge.calibrate.texts import Rows
 from polymerge.errors import RecipeError
 
+EVEN = 1e-3
+"""Share of a student's guess that is spread evenly, so that it excludes nothing."""
+TAU = 100.0
+"""Temperature of chunk likelihoods: unlikely tokens count nearly as much as likely ones."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -84,18 +88,47 @@ def likelihood(
     teacher: Float[Tensor, "row time vocab"],
     tokens: Int64[Tensor, "row time"],
 ) -> Float[Tensor, ""]:
-    """Σ KL between "the text goes on with this token" and "it does not", from logits; differentiable in the student.
+    """τ Σ KL between "the text goes on with this token" and "it does not", from logits; differentiable in the student.
 
     Approximate likelihood matching (Minixhofer et al. 2025), a chunk for every token: all that a teacher with another
-    tokenizer knows exactly is the probability of the bytes that follow, so only that is matched.
+    tokenizer knows exactly is the probability of the bytes that follow, so only that is matched, as p^(1/τ).
     """
     following = tokens[:, 1:, None]
     log_q, log_p = (
-        x[:, :-1].float().log_softmax(-1).gather(-1, following)[..., 0].clamp(-40.0, -1e-6) for x in (student, teacher)
+        x[:, :-1].float().log_softmax(-1).gather(-1, following)[..., 0].clamp(-40.0, -1e-6) / TAU
+        for x in (student, teacher)
     )
     p = log_p.exp()
     rest_p, rest_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
-    return (p * (log_p - log_q) + (1 - p) * (rest_p - rest_q)).sum()
+    apart: Tensor = p * (log_p - log_q) + (1 - p) * (rest_p - rest_q)
+    return TAU * apart.sum()
+
+
+def across(
+    student: Float[Tensor, "row time vocab"],
+    teacher: Any,
+    tokens: Int64[Tensor, "row time"],
+    *,
+    kind: Literal["distribution", "likelihood"],
+    text: float,
+) -> Float[Tensor, ""]:
+    """Loss on rows whose teacher has another tokenizer, summed over positions; differentiable in the student.
+
+        (1 − text) · (what the teacher knows of the result's tokens) + text · (−log q of the text's own next token)
+
+    teacher: a `TranslatedTeacher`. `distribution` is KL to its distribution, in which the student's own shares fill in
+    what the teacher's tokens leave open: it learns nothing there from the teacher but the probability of the bytes that
+    follow. The text's tokens are drawn from what both should predict, so their cross-entropy tells the rest.
+    """
+    guess = None
+    if kind == "distribution":
+        guess = student.detach().float().softmax(-1)
+        guess = (1 - EVEN) * guess + EVEN / guess.shape[-1]
+    with torch.no_grad():
+        theirs = teacher(input_ids=tokens, use_cache=False, guess=guess).logits
+    loss = kl(student, theirs) if kind == "distribution" else likelihood(student, theirs, tokens)
+    own = F.cross_entropy(student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    return (1 - text) * loss + text * own
 
 
 class Batches:

@@ -13,11 +13,18 @@ tokens (`Translator.project`), where u is the donor's next token, v the anchor's
 - where the anchor's actual next token ends at a donor's token end as well, both have written the same bytes: its
             probability is replaced by the donor's for exactly these bytes, Π p(u_i), and the rest scaled to sum to one.
 
+With a guess s(v), a student's own predictions, the counts are left out:
+
+    q(v) = s(v) Σ_u p(u) [v fits u] / Σ_w s(w) [w fits u]
+
+is the distribution nearest to s (in KL) that gives the tokens which begin as u does the donor's probability of u.
+
 A little of the anchor's unigram distribution (`FLOOR`) keeps every logarithm finite.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +39,8 @@ FLOOR = 1e-3
 REMEMBERED = 4096
 """Beginnings of tokens whose continuations are kept."""
 LEAST, MOST = 1e-30, 1 - 1e-6
+ALONE = 1e-6
+"""Probability below which what shares a donor's token with the actual one is nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +78,7 @@ class Translator:
         ids, targets = shared(anchor, donor)
         self.special = {i: j for i, j in zip(ids.tolist(), targets.tolist(), strict=True) if anchor.special[i]}
         self.first = vocab_map(donor, anchor, method="first")
+        self.begun = self._begun()
         self.prior = torch.full((vocab,), 1 / vocab)
         self.map = self._mixed(torch.zeros(0, 2, dtype=torch.int64))
         self._sorted = sorted((s, i) for i, s in enumerate(donor.surface) if s and not donor.special[i])
@@ -154,13 +164,26 @@ class Translator:
         log_probs: Float[Tensor, "row donor_time donor"],
         reading: Reading,
         tokens: Int[Tensor, "row time"],
+        guess: Float[Tensor, "row time vocab"] | None = None,
+        *,
+        seen: bool = True,
     ) -> Float[Tensor, "row time vocab"]:
-        """Log q(next anchor token) at every anchor position; proper distributions."""
+        """Log q(next anchor token) at every anchor position; proper distributions.
+
+        `guess`: probabilities that share out what a donor's token leaves open, instead of the counts M. `seen`: the
+        actual next token has the donor's own probability.
+        """
         device = log_probs.device
         p = log_probs[..., : len(self.donor.pieces)].float().exp()
         at = reading.paired(p, tokens.shape[1])
         with torch.autocast(device.type, enabled=False):  # probabilities need float32
-            q = (self.map.to(device) @ at.flatten(0, 1).T).T.reshape(*tokens.shape, self.vocab)
+            flat = at.flatten(0, 1).T
+            if guess is None:
+                q = (self.map.to(device) @ flat).T.reshape(*tokens.shape, self.vocab)
+            else:
+                fits, share = self.fits.to(device), guess.float().flatten(0, 1).T
+                q = share * (fits @ (flat / (fits.T @ share).clamp_min(LEAST)))
+                q = q.T.reshape(*tokens.shape, self.vocab)
         prior = self.prior.to(device)
         q[reading.last.to(device) < 0] = prior
         ahead = torch.zeros(tokens.shape, device=device)
@@ -173,7 +196,13 @@ class Translator:
         total = q.sum(-1, keepdim=True)
         q = torch.where(total > LEAST, q / total.clamp_min(LEAST), prior)
         q = (1 - FLOOR) * q + FLOOR * prior
-        return self._replaced(q, log_probs, ahead, reading, tokens.to(device)).log()
+        if not seen:
+            return q.log()
+        return (
+            self._replaced(q, log_probs, ahead, reading, tokens.to(device), within=guess is not None)
+            .clamp_min(LEAST)
+            .log()
+        )
 
     def _inside(self, p: Float[Tensor, " donor"], read: bytes) -> Float[Tensor, " vocab"]:
         donor, anchor = self._continued(read)
@@ -196,7 +225,9 @@ class Translator:
             self._known[read] = (table[:, 0], table[:, 1])
         return self._known[read]
 
-    def _replaced(self, q: Tensor, log_probs: Tensor, ahead: Tensor, reading: Reading, tokens: Tensor) -> Tensor:
+    def _replaced(
+        self, q: Tensor, log_probs: Tensor, ahead: Tensor, reading: Reading, tokens: Tensor, *, within: bool
+    ) -> Tensor:
         """The actual next token's probability becomes the donor's for the same bytes.
 
         `ahead` (row, time): log-probability that the donor's next token begins with the bytes that are pending. With
@@ -214,11 +245,54 @@ class Translator:
         place = tokens[:, 1:, None]
         before = q[:, :-1].gather(-1, place)[..., 0]
         chunk = torch.where(known, chunk, before)
-        scale = (1 - chunk) / (1 - before).clamp_min(LEAST)
         out = q.clone()
-        out[:, :-1] *= scale[..., None]
+        if within:
+            out[:, :-1] *= self._scales(q, chunk, before, reading, tokens)
+        else:
+            out[:, :-1] *= ((1 - chunk) / (1 - before).clamp_min(LEAST))[..., None]
         out[:, :-1] = out[:, :-1].scatter(-1, place, chunk[..., None])
         return out
+
+    def _scales(self, q: Tensor, chunk: Tensor, before: Tensor, reading: Reading, tokens: Tensor) -> Tensor:
+        """Factors (row, time - 1, vocab) of the other tokens once the actual one has the probability `chunk`.
+
+        Where it begins with the donor's next token, whose probability is known, the rest of that probability is for
+        the other tokens that begin so, and the tokens that do not keep theirs.
+        """
+        device, begun = q.device, self.begun.to(q.device)
+        index = (reading.last[:, :-1] + 1).clamp(0, reading.tokens.shape[1] - 1)
+        after = reading.tokens.gather(1, index).to(device)
+        begins = reading.exact[:, :-1].to(device) & (begun[tokens[:, 1:]] == after)
+        alike = begins[..., None] & (begun == after[..., None])
+        mass, others = (q[:, :-1] * alike).sum(-1), (q[:, :-1] * ~alike).sum(-1)  # 1 − mass loses what is small
+        rest = (q[:, :-1] * alike).scatter(-1, tokens[:, 1:, None], 0.0).sum(-1)
+        # The donor's token together; at least the actual one, which is all of it where no other token begins so.
+        least = torch.where(rest > ALONE, torch.maximum(mass, chunk), chunk)
+        inside = (least - chunk) / rest.clamp_min(ALONE)
+        everywhere = (1 - chunk) / (1 - before).clamp_min(LEAST)
+        outside = torch.where(begins, (1 - least) / others.clamp_min(ALONE), everywhere)
+        return torch.where(alike, inside[..., None], outside[..., None])
+
+    def _begun(self) -> Tensor:
+        """The donor's first token (vocab,) of each anchor token's bytes, -1 for none."""
+        first = vocab_map(self.anchor, self.donor, method="first")
+        out = torch.full((self.vocab,), -1, dtype=torch.int64)
+        out[first.rows] = first.columns
+        return out
+
+    @cached_property
+    def fits(self) -> Tensor:
+        """Which anchor tokens the donor's next token may mean (vocab, donor), sparse, of 0 and 1.
+
+        Those that begin with it, and the anchor's first piece of it.
+        """
+        tokens = torch.nonzero(self.begun >= 0)[:, 0]
+        anchor = torch.cat([tokens, self.first.columns])
+        donor = torch.cat([self.begun[tokens], self.first.rows])
+        place = torch.unique(torch.stack([anchor, donor]), dim=1)
+        ones = torch.ones(place.shape[1])
+        size = (self.vocab, len(self.donor.pieces))
+        return torch.sparse_coo_tensor(place, ones, size, check_invariants=False).coalesce()
 
     def _mixed(self, seen: Int[Tensor, "pair 2"]) -> Tensor:
         """M (vocab, donor), sparse: counts of (donor token, anchor token) with one count of the first piece."""

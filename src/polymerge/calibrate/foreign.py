@@ -1,5 +1,6 @@
-"""Experts that read another tokenizer: they are given the anchor's rows and answer in the anchor's tokens."""
+"""Experts that read another tokenizer: they are given the result's rows and answer in the result's tokens."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ CUT, BATCH = 0.05, 32
 
 
 class Foreign:
-    """An expert behind a `Translator`; scores rows of anchor tokens as `Source` scores its own."""
+    """An expert behind a `Translator`; scores rows of the result's tokens as `Source` scores its own."""
 
     def __init__(self, name: str, source: Source, translator: Translator) -> None:
         self.name, self.source, self.translator = name, source, translator
@@ -35,7 +36,7 @@ class Foreign:
         return reading
 
     def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Float[Tensor, "row next"]:
-        """Log q(next anchor token) at every position but the last."""
+        """Log q(the result's next token) at every position but the last."""
         scores = []
         for rows in tokens.split(batch):
             reading = self.read(rows)
@@ -44,9 +45,33 @@ class Foreign:
             scores.append(logs.gather(-1, rows[:, 1:, None].to(logs.device))[..., 0].cpu())
         return torch.cat(scores)
 
+    @torch.no_grad()
+    def told(self, tokens: Int[Tensor, "row time"]) -> tuple[float, float]:
+        """Bits per byte of rows by the expert's own tokens, and by what it tells of the result's before they are seen.
+
+        Both over the same bytes: of each row those between the first and the last place where both have a token end.
+        """
+        own = told = size = 0.0
+        lengths = torch.tensor([0 if s else len(b) for s, b in zip(
+            self.translator.anchor.special, self.translator.anchor.surface, strict=True)])  # fmt: skip
+        for rows in tokens.split(BATCH):
+            reading = self.read(rows)
+            found = self.source.logits(reading.tokens.to(self.source.device)).log_softmax(-1).cpu()
+            q = self.translator.project(found, reading, rows, seen=False)[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+            p = found[:, :-1].gather(-1, reading.tokens[:, 1:, None])[..., 0]
+            for row, exact in enumerate(reading.exact & (reading.last >= 0)):
+                ends = torch.nonzero(exact).flatten().tolist()
+                if len(ends) > 1:
+                    first, last = ends[0], ends[-1]
+                    told -= float(q[row, first:last].sum())
+                    own -= float(p[row, int(reading.last[row, first]) : int(reading.last[row, last])].sum())
+                    size += float(lengths[rows[row, first + 1 : last + 1]].sum())
+        bits = math.log(2) * max(1.0, size)
+        return own / bits, told / bits
+
 
 class TranslatedTeacher(nn.Module):
-    """A transformers model that teaches in the anchor's tokens: `logits` are log q."""
+    """A transformers model that teaches in the result's tokens: `logits` are log q."""
 
     def __init__(self, model: Any, foreign: Foreign) -> None:
         super().__init__()
@@ -58,9 +83,11 @@ class TranslatedTeacher(nn.Module):
         device: torch.device = self.model.device
         return device
 
-    def forward(self, input_ids: Int[Tensor, "row time"], **_: Any) -> SimpleNamespace:
-        """Distributions over the anchor's tokens (row, time, vocab)."""
+    def forward(
+        self, input_ids: Int[Tensor, "row time"], guess: Float[Tensor, "row time vocab"] | None = None, **_: Any
+    ) -> SimpleNamespace:
+        """Distributions over the result's tokens (row, time, vocab); `guess`: see `Translator.project`."""
         rows = input_ids.cpu()
         reading = self.foreign.read(rows)
         found = self.model(input_ids=reading.tokens.to(self.device), use_cache=False).logits.float().log_softmax(-1)
-        return SimpleNamespace(logits=self.foreign.translator.project(found, reading, rows))
+        return SimpleNamespace(logits=self.foreign.translator.project(found, reading, rows, guess))

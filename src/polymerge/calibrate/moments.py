@@ -46,10 +46,18 @@ class Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.weight + other.weight)
 
     def damped(self, ridge: float, inputs: Tensor | None = None) -> Float[Tensor, "m m"]:
-        """The Gram matrix of the chosen inputs plus λ times its mean diagonal."""
+        """The Gram matrix of the chosen inputs plus λ times its mean diagonal; positive definite.
+
+        Batches are summed in their own dtype and some are taken back, so rounding can leave an eigenvalue below −λ: it
+        is then lifted by as much again.
+        """
         gram = self.gram if inputs is None else self.gram[inputs][:, inputs]
         scale = self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        return gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        damped = gram + ridge * scale * one
+        if int(torch.linalg.cholesky_ex(damped).info):
+            damped = damped - 2 * torch.linalg.eigvalsh(damped)[0].clamp_max(0) * one
+        return damped
 
     def solve(self, ridge: float, inputs: Tensor | None = None) -> Float[Tensor, "m out"]:
         """argmin_A Σ w ‖y − x A‖² + λ · mean diagonal · ‖A‖², over the chosen inputs (all by default)."""

@@ -71,6 +71,9 @@ LIGHT = 1e-4  # heads with less than this share of the heaviest one's mass are d
 HEADS = 8  # heads kept
 REMEMBERED = 4096  # remainders whose fitting tokens are kept
 
+# What models call a KV cache: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # Of a nested config: what belongs to a file or a run, not to the architecture.
 _NOT_ARCHITECTURE = (
     "dtype",
@@ -453,7 +456,7 @@ class Reader:
                 self.cache.crop(same - len(self.cached))
             new = torch.tensor([ids[same:]], device=next(model.parameters()).device)
             with torch.no_grad():
-                logits = model(new, past_key_values=self.cache, use_cache=True).logits[0, -1]
+                logits = model(new, use_cache=True, **{CACHE: self.cache}).logits[0, -1]
             self.cached = list(ids)
             logits = logits[: len(self.donor.tokens)].cpu().double()
             scores = torch.log_softmax(logits, -1)
@@ -568,6 +571,11 @@ class UnionCache(Cache):  # type: ignore[misc]
     def is_croppable(self) -> bool:
         """Whether `crop` can undo tokens: no."""
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each expert, whether it keeps a state of fixed size in place of keys and values: none does."""
+        return [False] * len(self.experts)
 
     @property
     def is_initialized(self) -> bool:
@@ -705,6 +713,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         *,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
@@ -718,6 +727,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             attention_mask: (B, cached + T), 0 at padding. Padding neither attends nor moves the gate.
             position_ids: (B, T), default: counted over the attention mask.
             past_key_values: None, an empty cache, or the `UnionCache` of the call before.
+            cache: the same by the name that it has from transformers 5.24 on.
             labels: (B, T), -100 where not scored; the loss is in nats per scored token.
             use_cache: whether to return a cache, default the config's.
             logits_to_keep: how many last positions (or which) get logits; 0 means all.
@@ -741,29 +751,30 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if input_ids is None or refused:
             raise ValueError(f"union: needs input_ids and cannot take {refused}; ask a member of model.experts")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = self._open(past_key_values, use_cache)
-        mask = self._mask(attention_mask, input_ids, cache.length)
+        state = self._open(past_key_values if cache is None else cache, use_cache)
+        mask = self._mask(attention_mask, input_ids, state.length)
         if position_ids is None:
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = position_ids[..., -input_ids.shape[1] :].expand_as(input_ids)
 
-        self._remember(cache, input_ids, positions, mask)
-        run, log_weights = self._choose(cache, input_ids.shape[1])
+        self._remember(state, input_ids, positions, mask)
+        run, log_weights = self._choose(state, input_ids.shape[1])
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = slice(None) if self.donors else keep
-        log_probs = {k: self._run_expert(k, cache, input_ids.shape[1], mask, kept) for k in run if k not in self.donors}
+        log_probs = {k: self._run_expert(k, state, input_ids.shape[1], mask, kept) for k in run if k not in self.donors}
         if self.donors:
-            log_probs |= self._run_donors(cache, input_ids, mask, log_probs)
+            log_probs |= self._run_donors(state, input_ids, mask, log_probs)
             log_probs = {k: scores[:, keep] for k, scores in log_probs.items()}
-        weights = self._settle(cache, run, log_weights, input_ids.shape[1])
+        weights = self._settle(state, run, log_weights, input_ids.shape[1])
 
         # The sleepers' weight goes to those who run.
         mixing = torch.log_softmax(weights[:, keep][..., run], -1)
         parts = [log_probs[k] + mixing[..., i, None].to(log_probs[k]) for i, k in enumerate(run)]
         logits = functools.reduce(torch.logaddexp, parts)
         loss = None if labels is None else _loss(logits, labels, num_items_in_batch)
-        past = cache if use_cache else None
-        output = UnionOutput(loss=loss, logits=logits, past_key_values=past, gate_weights=weights.exp())
+        output = UnionOutput(
+            loss=loss, logits=logits, gate_weights=weights.exp(), **{CACHE: state if use_cache else None}
+        )
         return output.to_tuple() if return_dict is False else output
 
     def _open(self, past: Cache | None, use_cache: bool) -> UnionCache:
@@ -773,7 +784,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # generate() prepares an empty DynamicCache, which cannot hold several models.
         if past is not None and (type(past) is not DynamicCache or past.offloading or past.get_seq_length()):
             raise ValueError(
-                f"union: past_key_values is a {type(past).__name__}, expected the UnionCache that the call "
+                f"union: the cache is a {type(past).__name__}, expected the UnionCache that the call "
                 "before returned, or none; leave out cache_implementation"
             )
         return self.new_cache() if use_cache else UnionCache([None] * len(self.experts))
@@ -834,8 +845,8 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             input_ids=ids,
             attention_mask=mask,
             position_ids=cache.pending["positions"][:, -unread:],
-            past_key_values=expert_cache,
             use_cache=expert_cache is not None,
+            **{CACHE: expert_cache},
         )
         self.expert_calls[k] += 1
         self.expert_tokens[k] += unread

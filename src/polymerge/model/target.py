@@ -25,12 +25,13 @@ def sink(family: Family, target: Spec, writer: CheckpointWriter) -> Callable[[in
     return emit
 
 
-def hf_config(family: Family, target: Spec, anchor: Source) -> Any:
-    """The transformers config of a target, with the anchor's special tokens."""
+def hf_config(family: Family, target: Spec, anchor: Source, speaker: Source | None = None) -> Any:
+    """The transformers config of a target; the special tokens are those of `speaker`, default the anchor."""
     from transformers import AutoConfig
 
     assert family.write is not None
-    special = {key: getattr(anchor.config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = (speaker or anchor).config
+    special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     keys = family.write(target)
     if target.frequencies == anchor.spec.frequencies:  # scaled rotary embeddings too
         keys["rope_parameters"] = dict(anchor.config.rope_parameters)

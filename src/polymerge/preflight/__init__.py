@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from polymerge.calibrate.speech import Speech, resolve
 from polymerge.calibrate.texts import PARTS, Skill, adds_bos, pack, shared_documents
 from polymerge.checkpoint.writer import check_free, require_space
 from polymerge.errors import CheckpointError, PreflightError, TextError
@@ -21,10 +22,11 @@ from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
-from polymerge.preflight.vocabulary import foreign_experts, vocabulary_findings
+from polymerge.preflight.translation import translation_findings
+from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
 from polymerge.recipe import Recipe
 
-__all__ = ["Finding", "Level", "Report", "check", "foreign_experts"]
+__all__ = ["Finding", "Level", "Report", "check", "foreign_experts", "translation_findings"]
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 
@@ -36,6 +38,9 @@ def check(
     plan: Plan | None,
     out: Path | None,
     texts: Mapping[str, Skill],
+    *,
+    speech: Speech | None = None,
+    foreign: Mapping[str, str] | None = None,
 ) -> Report:
     """The report on a merge, or the first reason why it cannot be done.
 
@@ -46,6 +51,8 @@ def check(
         plan: shapes of a fold; None for a union.
         out: folder to be made; None when nothing will be written.
         texts: the experts' skills.
+        speech: the result's tokenizer; default as the recipe says.
+        foreign: experts with another one, each with the first difference; by default they are looked for.
 
     Raises:
         OutputError: `out` exists, cannot be written, or has too little space.
@@ -60,17 +67,25 @@ def check(
         _check_tokenizer_files(source)
     specs = {name: source.spec for name, source in sources.items()}
     _check_lengths(recipe, sources)
+    speech = resolve(recipe, tokenizers, specs) if speech is None else speech
+    foreign = foreign_experts(speech, tokenizers, texts) if foreign is None else foreign
     translate = recipe.method in ("fold", "union")
-    findings = vocabulary_findings(recipe.anchor, tokenizers, specs, texts, translate=translate)
+    findings = vocabulary_findings(speech, foreign, tokenizers, specs, texts, translate=translate)
+    if foreign and recipe.method == "fold" and recipe.heal is not None and recipe.heal.teacher == "union":
+        raise PreflightError(
+            f"heal.teacher: a union teaches experts of one tokenizer, {next(iter(foreign))!r} has another than the "
+            "result; set heal.teacher: owner"
+        )
     if plan is None:
         text = "every expert whole, weights rounded to the result's dtype at most"
         findings += [Finding("exact", f"{name}: union", text) for name in specs]
     else:
-        foreign = foreign_experts(recipe.anchor, tokenizers, texts)
-        _check_rows(recipe, {name: source for name, source in sources.items() if name not in foreign})
+        _check_rows(speech, {name: source for name, source in sources.items() if name not in foreign})
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
+        own = not speech.union and specs[speech.owner].family == plan.family.model_type
+        findings += loading_findings(plan.family.model_type, own, speech, texts)
     findings += _dtypes(recipe, sources)
-    findings += _check_texts(recipe, tokenizers[recipe.anchor], texts, healed=plan is not None)
+    findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
         source.checkpoint.check_finite()
@@ -113,14 +128,14 @@ def _check_lengths(recipe: Recipe, sources: Mapping[str, Source]) -> None:
             )
 
 
-def _check_rows(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """A fold's head has a row per token of the anchor: every expert with its tokenizer must have them too."""
+def _check_rows(speech: Speech, sources: Mapping[str, Source]) -> None:
+    """A fold's head has a row per token of the result: every expert with its tokenizer must have them too."""
     rows = {name: source.spec.vocab for name, source in sources.items()}
-    least = min(rows, key=lambda name: rows[name])
-    if rows[least] < rows[recipe.anchor]:
+    least = min(rows, key=lambda name: rows[name], default=None)
+    if least is not None and rows[least] < speech.vocab:
         raise PreflightError(
-            f"anchor: {recipe.anchor!r} has {rows[recipe.anchor]:,} embedding rows (padding included), "
-            f"{least!r} only {rows[least]:,}; a fold needs the anchor's in every expert: set anchor: {least}"
+            f"tokenizer: {speech.owner!r} has {speech.vocab:,} embedding rows (padding included), {least!r} only "
+            f"{rows[least]:,}; a fold needs the result's in every expert that reads them: set tokenizer: {least}"
         )
 
 

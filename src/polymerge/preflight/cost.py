@@ -52,9 +52,10 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     specs = [s.spec for s in sources.values()]
     experts = sum(s.parameters for s in sources.values())
     widths, length = sum(s.width for s in specs), recipe.fold.length
-    vocab = max(s.vocab for s in specs)
+    vocab = max(s.vocab for s in (*specs, *(plan.shapes if plan else ())))
     each = getattr(torch, recipe.dtype).itemsize
-    beside = sum(f.stat().st_size for f in sources[recipe.anchor].checkpoint.tokenizer_files()) + 200_000
+    files = (f for s in sources.values() for f in s.checkpoint.tokenizer_files())
+    beside = sum(f.stat().st_size for f in files) + 200_000  # one expert's tokenizer, or all in one
     measured = TEST_ROWS * length * len(specs)
     scoring = 4 * (TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:

@@ -5,14 +5,18 @@ described differently to the same effect (an older file of one tokenizer): so bo
 and a sample of the recipe's own texts, and the ids decide.
 """
 
+import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from polymerge.align.same import same_vocabulary
 from polymerge.align.spans import common_boundaries, spans
-from polymerge.align.token_bytes import ByteView, as_view
+from polymerge.align.token_bytes import ByteView, byte_view
 from polymerge.align.vocab import shared
+from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Skill, adds_bos
 from polymerge.errors import PreflightError
 from polymerge.model.spec import Spec
@@ -24,31 +28,35 @@ PROBE = (
 )
 SAMPLES, LETTERS = 4, 2000
 """Documents per skill, and characters of each, that both tokenizers encode."""
-EXPECTED = "expect some tenths of a bit per byte on its skill before healing, little after"
 
 
-def foreign_experts(anchor: str, tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]) -> dict[str, str]:
-    """Experts whose tokenizer is not the anchor's, each with the first difference."""
-    views = {name: as_view(t, words=True) for name, t in tokenizers.items()}
-    found = {name: _difference(anchor, name, views, skills) for name in views if name != anchor}
+def foreign_experts(speech: Speech, tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]) -> dict[str, str]:
+    """Experts whose tokenizer is not the result's, each with the first difference."""
+    mine = byte_view(speech.tokenizer)
+    found = {
+        name: _difference(speech, name, mine, byte_view(tokenizer), skills)
+        for name, tokenizer in tokenizers.items()
+        if tokenizer is not speech.tokenizer
+    }
     return {name: reason for name, reason in found.items() if reason}
 
 
 def vocabulary_findings(
-    anchor: str,
+    speech: Speech,
+    foreign: Mapping[str, str],
     tokenizers: Mapping[str, Any],
     specs: Mapping[str, Spec],
     skills: Mapping[str, Skill],
     *,
     translate: bool = False,
 ) -> list[Finding]:
-    """What is the same, and what becomes of experts with another tokenizer.
+    """What is the same, and what becomes of experts with another tokenizer than the result's.
 
-    Raises PreflightError naming the first token or text on which two experts differ, unless the method can `translate`;
-    then for a tokenizer whose tokens have no exact bytes.
+    Raises PreflightError naming the first token or text on which two experts differ, unless the method can `translate`.
     """
     out: list[Finding] = []
-    views = {name: as_view(tokenizers[name], words=True) for name in specs}
+    views = {name: byte_view(tokenizers[name]) for name in specs}
+    mine = byte_view(speech.tokenizer)
     for name, spec in specs.items():
         largest = len(views[name].pieces)
         if largest > spec.vocab:
@@ -59,28 +67,55 @@ def vocabulary_findings(
         if largest < spec.vocab:
             text = f"{spec.vocab - largest:,} of {spec.vocab:,} embedding rows are padding, used by no token"
             out.append(Finding("exact", f"{name}: vocabulary", text))
+    if speech.union:
+        own = len(views[speech.owner].pieces)
+        text = f"{len(mine.pieces):,} tokens: the anchor's {own:,}, and what the others have beside them"
+        out.append(Finding("exact", "tokenizer", text))
     for name in specs:
-        if name == anchor:
+        if tokenizers[name] is speech.tokenizer:
             continue
-        if reason := _difference(anchor, name, views, skills):
+        if name in foreign:
             if not translate:
-                raise PreflightError(f"{reason}; this method needs one tokenizer: use method: fold or union")
-            out.append(Finding("approximate", f"{name}: tokenizer", _translated(anchor, name, tokenizers, skills)))
+                raise PreflightError(f"{foreign[name]}; this method needs one tokenizer: use method: fold or union")
+            text = _translated(mine, views[name], skills[name])
+            out.append(Finding("approximate", f"{name}: tokenizer", text))
         else:
-            found = _harmless(anchor, name, views)
+            found = _harmless(speech.owner, name, mine, views[name])
             out += [Finding("warning", f"{name}: tokenizer", text) for text in found]
-    if len(specs) > 1 and not any(f.subject.endswith(": tokenizer") for f in out):
-        out.append(Finding("exact", "tokenizer", f"the same for all: {len(views[anchor].pieces):,} tokens"))
+    if len(specs) > 1 and not any(f.subject == "tokenizer" or f.subject.endswith(": tokenizer") for f in out):
+        out.append(Finding("exact", "tokenizer", f"the same for all: {len(mine.pieces):,} tokens"))
     return out
 
 
-def _difference(anchor: str, name: str, views: Mapping[str, ByteView], skills: Mapping[str, Skill]) -> str | None:
+def loading_findings(family: str, own: bool, speech: Speech, skills: Mapping[str, Skill]) -> Iterator[Finding]:
+    """Whether AutoTokenizer will cut texts as the result's tokenizer does.
+
+    For some model types (transformers 5: qwen2) it splits texts by that type's own rule, whatever tokenizer.json says.
+    Raises PreflightError for that, or only tells it where the expert that the tokenizer is of has it already (`own`).
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="polymerge-") as place:
+        speech.tokenizer.save_pretrained(place)
+        (Path(place) / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
+        loaded = AutoTokenizer.from_pretrained(place)
+    texts = [PROBE, *(d[:LETTERS] for skill in skills.values() for d in skill.calibration[:SAMPLES])]
+    if all(_ids(loaded, text) == _ids(speech.tokenizer, text) for text in texts):
+        return
+    problem = f"AutoTokenizer splits texts of a {family} by that family's own rule, not as {speech.name} does"
+    if not own:
+        raise PreflightError(f"family: {problem}, so it would feed the result wrong tokens; set family: llama")
+    yield Finding("warning", "tokenizer: loading", f"{problem}; load it with PreTrainedTokenizerFast")
+
+
+def _difference(speech: Speech, name: str, mine: ByteView, theirs: ByteView, skills: Mapping[str, Skill]) -> str | None:
     """The first token, or the first text, on which two tokenizers differ; None where they are one."""
-    one, other = views[anchor].tokenizer, views[name].tokenizer
-    pair = f"tokenizers of {anchor!r} and {name!r} differ"
-    for difference in same_vocabulary(views[anchor], views[name]):
+    one, other = mine.tokenizer, theirs.tokenizer
+    what = f"{speech.name} and that of {name!r}"
+    pair = f"{what} differ" if speech.union else f"tokenizers of {speech.owner!r} and {name!r} differ"
+    for difference in same_vocabulary(mine, theirs):
         if difference.what in ("bytes", "size"):
-            return f"{pair}: {_first_token(views[anchor].pieces, views[name].pieces) or difference.message}"
+            return f"{pair}: {_first_token(mine.pieces, theirs.pieces) or difference.message}"
     texts = [PROBE, *(d[:LETTERS] for skill in skills.values() for d in skill.calibration[:SAMPLES])]
     for text in texts:
         left, right = _ids(one, text), _ids(other, text)
@@ -94,31 +129,30 @@ def _difference(anchor: str, name: str, views: Mapping[str, ByteView], skills: M
     return None
 
 
-def _harmless(anchor: str, name: str, views: Mapping[str, ByteView]) -> Iterator[str]:
-    """Differences of `name`'s tokenizer from the anchor's that change no text's tokens."""
-    one, other = views[anchor].tokenizer, views[name].tokenizer
-    for difference in same_vocabulary(views[anchor], views[name]):
+def _harmless(owner: str, name: str, mine: ByteView, theirs: ByteView) -> Iterator[str]:
+    """Differences of `name`'s tokenizer from the result's, which is the owner's, that change no text's tokens."""
+    for difference in same_vocabulary(mine, theirs):
         what = "descriptions differ, results on sample texts do not: " if difference.what == "cut" else ""
-        yield f"{what}{difference.message} (anchor's first); the result takes the anchor's"
-    if adds_bos(one) != adds_bos(other):
-        does, does_not = (anchor, name) if adds_bos(one) else (name, anchor)
-        begin = views[does].tokenizer.bos_token
-        yield f"{does!r} begins every text with {begin!r}, {does_not!r} does not; the anchor's way is used"
+        yield f"{what}{difference.message} ({owner!r}'s first); the result takes that"
+    if adds_bos(mine.tokenizer) != adds_bos(theirs.tokenizer):
+        does, does_not = (owner, name) if adds_bos(mine.tokenizer) else (name, owner)
+        begin = (mine if does == owner else theirs).tokenizer.bos_token
+        yield f"{does!r} begins every text with {begin!r}, {does_not!r} does not; the way of {owner!r} is used"
 
 
-def _translated(anchor: str, name: str, tokenizers: Mapping[str, Any], skills: Mapping[str, Skill]) -> str:
-    """How far two tokenizers are from each other on the text of the expert. Raises PreflightError (no exact bytes)."""
-    one, other = as_view(tokenizers[anchor]), as_view(tokenizers[name])
-    ends = shared_ends = theirs = 0
-    for text in (d[:LETTERS] for d in skills[name].calibration[:SAMPLES]):
-        mine, foreign = spans(one, text), spans(other, text)
-        ends, theirs = ends + len(mine) - 1, theirs + len(foreign) - 1
-        shared_ends += len(common_boundaries(mine, foreign)[0]) - 1
-    same = len(shared(one, other)[0])
+def _translated(mine: ByteView, theirs: ByteView, skill: Skill) -> str:
+    """How far an expert's tokenizer is from the result's on the expert's text."""
+    ends = shared_ends = read = 0
+    for text in (d[:LETTERS] for d in skill.calibration[:SAMPLES]):
+        ours, foreign = spans(mine, text), spans(theirs, text)
+        ends, read = ends + len(ours) - 1, read + len(foreign) - 1
+        shared_ends += len(common_boundaries(ours, foreign)[0]) - 1
+    same = len(shared(mine, theirs)[0])
+    loss = "; it sees no spaces, line breaks or case, whose probability is not known" if theirs.kind == "words" else ""
     return (
-        f"another tokenizer ({len(other.pieces):,} tokens, {same:,} of the anchor's {len(one.pieces):,} among them): "
-        f"it reads {theirs / max(1, ends):.2f} tokens for each of the anchor's, {shared_ends / max(1, ends):.0%} of "
-        f"which end where one of its own does; {EXPECTED}"
+        f"another tokenizer ({len(theirs.pieces):,} tokens, {same:,} of the result's {len(mine.pieces):,} among them): "
+        f"it reads {read / max(1, ends):.2f} tokens for each of the result's, {shared_ends / max(1, ends):.0%} of "
+        f"which end where one of its own does{loss}"
     )
 
 

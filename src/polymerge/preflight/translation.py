@@ -1,0 +1,77 @@
+"""What it is expected to cost that an expert is told in another tokenizer's tokens.
+
+Measured on a few rows of its validation text (counts are made on calibration text): what its predictions of the
+result's next token, made before that token is seen, cost in bits per byte above its own tokens' predictions. That is
+lost where its tokens are shorter than the result's and say only how the next one begins. Where they are longer nothing
+is: a prediction inside a token knows that the token goes on, and can even come out ahead, which counts as no cost.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from polymerge.align.spans import spans
+from polymerge.align.token_bytes import byte_view
+from polymerge.calibrate.foreign import Foreign
+from polymerge.calibrate.speech import Speech
+from polymerge.calibrate.texts import Rows, Skill
+from polymerge.preflight.report import Finding
+
+SAMPLES, LETTERS = 4, 2000
+SHORTER = 0.95
+"""Tokens of this share of the result's mean length or less are shorter."""
+
+
+def translation_findings(
+    speech: Speech,
+    readers: Mapping[str, Any],
+    rows: Mapping[str, Rows],
+    tokenizers: Mapping[str, Any],
+    skills: Mapping[str, Skill],
+) -> list[Finding]:
+    """What each foreign expert loses in being told, and whose tokenizer would lose least.
+
+    rows: validation rows of every skill in the result's tokens; readers: experts, the foreign ones as `Foreign`.
+    """
+    out: list[Finding] = []
+    foreign = {name: reader for name, reader in readers.items() if isinstance(reader, Foreign)}
+    for name, reader in foreign.items():
+        own, told = reader.told(rows[name].tokens)
+        cost = max(0.0, told - own)
+        text = (
+            f"told in the result's tokens its predictions cost {cost:+.3f} bits per byte on validation text "
+            f"({own:.3f} in its own): {_expected(cost)}"
+        )
+        out.append(Finding("approximate", f"{name}: translation", text))
+    if foreign:
+        lengths = {name: _bytes_per_token(t, skills) for name, t in tokenizers.items()}
+        mine = _bytes_per_token(speech.tokenizer, skills)
+        shortest = min(lengths, key=lambda name: lengths[name])
+        if lengths[shortest] < SHORTER * mine:
+            text = (
+                f"{shortest!r} has the shortest tokens, {lengths[shortest]:.2f} bytes each on these texts, the "
+                f"result's {mine:.2f}. Longer tokens can be told in shorter ones, not the other way round: "
+                f"`tokenizer: {shortest}` loses less per byte, with rows of more tokens"
+            )
+            out.append(Finding("warning", "tokenizer: length", text))
+    return out
+
+
+def _expected(cost: float) -> str:
+    """In words, by pairs that were measured."""
+    if cost < LITTLE:
+        return "about as a pair with one tokenizer, before healing and after"
+    return (
+        "expect a fold that is worse by up to a quarter of a bit; healing, which reads the text too, makes up for most"
+    )
+
+
+LITTLE = 0.05
+
+
+def _bytes_per_token(tokenizer: Any, skills: Mapping[str, Skill]) -> float:
+    view, size, count = byte_view(tokenizer), 0, 0
+    for skill in skills.values():
+        for text in (d[:LETTERS] for d in skill.calibration[:SAMPLES]):
+            found = spans(view, text)
+            size, count = size + int(found[-1]), count + len(found) - 1
+    return size / max(1, count)
