@@ -266,7 +266,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
             self.knob = knob
 
     found = methods.tuned(Bed("accuracy"), Method)
-    assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7, best of 3 by validation; shape")
+    assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7; best of 3 by validation; shape")
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
 
@@ -394,7 +394,7 @@ def test_unknown_names_are_refused_before_anything_runs(tiny):
     with pytest.raises(PolymergeError, match="no case 'x'"):
         bench.run("modular", "quick", tiny, cases=["x"])
     assert not tiny.exists()
-    with pytest.raises(OutputError, match="no rows"):
+    with pytest.raises(OutputError, match="does not exist"):
         bench.report(tiny)
 
 
