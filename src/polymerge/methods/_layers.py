@@ -31,9 +31,8 @@ Features = Callable[[Tensor], Tensor]
 class Knobs:
     """The five numbers of the fold.
 
-    `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does
-    not own the
-    position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target; `even`, the part of the
+    `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does not own
+    the position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target; `even`, the part of the
     stream's dimensions that is dealt out by the experts' widths and not by score.
     """
 
