@@ -28,13 +28,13 @@ from polymerge.clock import Clock, peak_bytes
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
 from polymerge.evaluate import bits_per_byte
-from polymerge.merge import calibrate, load_expert, measure_experts, rows_of
 from polymerge.methods import fold as folding
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
 from polymerge.progress import Quiet
+from polymerge.readers import calibrate, load_expert, measure_experts, rows_of
 
 RATES = (1e-3, 2e-3, 4e-3)
 TOKENS = 400_000

@@ -1,6 +1,6 @@
 """One model's next-token distributions told in another's tokens.
 
-A *reading* is what a donor makes of rows of the anchor's tokens: the bytes behind a row are cut by the donor's own
+A *reading* is what a donor makes of rows of the result's tokens: the bytes behind a row are cut by the donor's own
 tokenizer, and every anchor position is paired with the donor's last token that ends there (*exact*) or before, so that
 nothing is looked up ahead. What the donor predicts at an anchor position becomes a distribution over the anchor's
 tokens (`Translator.project`), where u is the donor's next token, v the anchor's:

@@ -9,6 +9,7 @@ from statistics import mean
 
 from polymerge.bench import board, methods
 from polymerge.bench.rows import Row, judged
+from polymerge.bench.text_experts import AXES
 
 OURS = ("union", "fold", "fold_heal")
 CONTROL = "anchor_distill"
@@ -24,7 +25,7 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
     """A table for each profile; none without such cases."""
     found = []
     for profile, some in board.by([r for r in rows if r.setting.get("axis")], "profile"):
-        order = {axis: i for i, axis in enumerate(("seed", "depth", "width", "heads", "family", "all"))}
+        order = {axis: i for i, axis in enumerate(AXES)}
         groups = sorted(board.by(some, "case"), key=lambda g: (g[1][0].budget, order.get(_axis(g[1]), 9), g[0]))
         head = ["axis", "budget", *map(board.name_of, OURS), board.name_of(CONTROL), "best other control", "best rival"]
         title = f"One axis of difference at a time ({profile})"

@@ -147,7 +147,7 @@ def trained(
 ) -> tuple[Path, dict[str, Any]]:
     """(folder, what training it gave) of an expert; trained now unless the cache has it."""
     training = replace(settings.training, weight_decay=plan.weight_decay, steps=plan.updates or settings.training.steps)
-    asked = {key: value for key, value in asdict(plan).items() if key != "updates"}
+    asked = {key: value for key, value in asdict(plan).items() if key != "updates"}  # training's steps tell it
     depends = {
         "version": RECIPE_VERSION, "plan": asked, "seed": seed,
         "training": asdict(training), "arithmetic": asdict(settings.arithmetic),

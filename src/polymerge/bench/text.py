@@ -20,8 +20,8 @@ from polymerge.bench.methods import Case
 from polymerge.calibrate.packing import Rows
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
-from polymerge.merge import TEST_ROWS
 from polymerge.model.source import Source
+from polymerge.readers import TEST_ROWS
 
 
 @dataclass(frozen=True)

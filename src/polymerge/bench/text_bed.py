@@ -23,7 +23,7 @@ from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal
-from polymerge.merge import VALIDATION_ROWS, calibrate, load_expert, measure_experts, merge, rows_of
+from polymerge.merge import merge
 from polymerge.methods import fold as folding
 from polymerge.methods._lift import llama_like
 from polymerge.methods._pad import pad
@@ -31,6 +31,7 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import load_student
 from polymerge.progress import Quiet
+from polymerge.readers import VALIDATION_ROWS, calibrate, load_expert, measure_experts, rows_of
 
 
 class TextBed:

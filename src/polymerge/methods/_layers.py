@@ -346,7 +346,7 @@ class LayerFold:
     def teacher(self, rows: Tensor) -> Tensor:
         """Logits of each row's owner (row, time, vocab), from the experts' present (final) states.
 
-        An owner with another tokenizer: log-probabilities of the anchor's tokens.
+        An owner with another tokenizer: log-probabilities of the result's tokens.
         """
         owners = self.texts.owner[rows]
         shape = (*self.texts.tokens[rows].shape, self.target.vocab)

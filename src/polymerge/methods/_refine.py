@@ -29,6 +29,9 @@ LAST = 3
 """The last layer gets so many times the steps of the others: its loss is the very one that counts."""
 TILT = 10.0
 
+Loss = Callable[..., Tensor]
+"""(tensors by role, indices of rows, *, fitted=True) -> a scalar; `fitted`: rows held out do not count."""
+
 
 @dataclass(frozen=True)
 class Refine:
@@ -44,7 +47,6 @@ class Refine:
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer refined towards the slices' goals; `before` (row, time, width) is the stream that it reads."""
     power = [fold.goal(k, torch.arange(len(before)))[0].pow(2).mean() for k in range(len(fold.slices))]
-    held = torch.nonzero(~fold.texts.fit).flatten()
 
     def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:
         out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out
@@ -55,20 +57,7 @@ def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict
             total = total + fold.balance[k] * error
         return total
 
-    def held_out(params: dict[str, Tensor]) -> float:
-        with torch.no_grad():
-            return sum(float(loss(params, rows, fitted=False)) * len(rows) for rows in held.split(fold.batch))
-
-    rate, start = fold.refine.lr, held_out(weights)
-    for _ in range(TRIES):
-        params = {role: w.clone().requires_grad_(not role.startswith("norm")) for role, w in weights.items()}
-        moving = [p for p in params.values() if p.requires_grad]
-        _descend(fold, moving, partial(loss, params), fold.refine.steps, rate)
-        params = {role: p.detach() for role, p in params.items()}
-        if not len(held) or held_out(params) < start:
-            return params
-        rate /= BACK_OFF
-    return weights
+    return _refined(fold, weights, loss, fold.refine.steps)
 
 
 def head(fold: "LayerFold", weight: Tensor) -> Tensor:
@@ -92,35 +81,41 @@ def ending(
     `before` (row, time, width) is the stream that the layer reads. Skills that lag count more (`balanced`). Both are
     as they were if that KL on the rows held out does not fall.
     """
-    held = torch.nonzero(~fold.texts.fit).flatten()
     say = torch.tensor(balanced(_judge.lag(fold, head)))
 
-    def loss(params: dict[str, Tensor], head: Tensor, rows: Tensor) -> Tensor:
+    def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:  # noqa: ARG001  KL counts all positions
         out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out
-        nats = _judge.nats(fold, rows, decoder.rms(out, fold.target.eps), head)
+        nats = _judge.nats(fold, rows, decoder.rms(out, fold.target.eps), params["head.weight"])
         return (nats * say[fold.texts.owner[rows]].to(nats)).mean()
 
-    def held_out(params: dict[str, Tensor], head: Tensor) -> float:
-        with torch.no_grad():
-            return sum(float(loss(params, head, rows)) * len(rows) for rows in held.split(fold.batch))
-
-    start, rate = held_out(weights, head), fold.refine.lr
-    for _ in range(TRIES):
-        params = {role: w.clone().requires_grad_(not role.startswith("norm")) for role, w in weights.items()}
-        moved = head.clone().requires_grad_()
-        moving = [*(p for p in params.values() if p.requires_grad), moved]
-        _descend(fold, moving, partial(loss, params, moved), LAST * fold.refine.steps, rate)
-        params, new = {role: p.detach() for role, p in params.items()}, moved.detach()
-        if not len(held) or held_out(params, new) < start:
-            return params, new
-        rate /= BACK_OFF
-    return weights, head
+    found = _refined(fold, weights | {"head.weight": head}, loss, LAST * fold.refine.steps)
+    return found, found.pop("head.weight")
 
 
 def balanced(lag: Sequence[float]) -> tuple[float, ...]:
     """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
     least = max(min(lag), 1e-3)
     return tuple(min(TILT, max(1.0, max(e, 0.0) ** 2 / least**2)) for e in lag)
+
+
+def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int) -> dict[str, Tensor]:
+    """The tensors moved down the loss of the fitted rows, at the first rate that lowers it on rows held out, if any."""
+    held = torch.nonzero(~fold.texts.fit).flatten()
+
+    def held_out(params: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            return sum(float(loss(params, rows, fitted=False)) * len(rows) for rows in held.split(fold.batch))
+
+    rate, before = fold.refine.lr, held_out(start)
+    for _ in range(TRIES):
+        params = {role: w.clone().requires_grad_(not role.startswith("norm")) for role, w in start.items()}
+        moving = [p for p in params.values() if p.requires_grad]
+        _descend(fold, moving, partial(loss, params), steps, rate)
+        params = {role: p.detach() for role, p in params.items()}
+        if not len(held) or held_out(params) < before:
+            return params
+        rate /= BACK_OFF
+    return start
 
 
 def _descend(

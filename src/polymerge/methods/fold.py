@@ -148,11 +148,15 @@ def choose(
     if len(experts) == 1 or (len(shapes) == 1 and not free):
         return Choice(shapes[-1], knobs, balance)
     target, best = _walk(shapes, lambda spec: tried(spec, knobs, balance))
+
+    def dealt(knobs: Knobs) -> list[int]:
+        return allot(bases, target.width, even=knobs.even)
+
     for name in free:
         for value in GRIDS[name]:
             other = replace(knobs, **{name: value})
-            if name == "even" and len({tuple(allot(bases, target.width, None, x.even)) for x in (knobs, other)}) == 1:
-                continue  # deals out the same
+            if name == "even" and dealt(other) == dealt(knobs):
+                continue
             excess = tried(target, other, balance)
             if max(excess) < BETTER * max(best):
                 best, knobs = excess, other

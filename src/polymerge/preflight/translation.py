@@ -19,6 +19,8 @@ from polymerge.preflight.report import Finding
 SAMPLES, LETTERS = 4, 2000
 SHORTER = 0.95
 """Tokens of this share of the result's mean length or less are shorter."""
+LITTLE = 0.05
+"""Bits per byte that healing makes up for."""
 
 
 def translation_findings(
@@ -63,9 +65,6 @@ def _expected(cost: float) -> str:
     return (
         "expect a fold that is worse by up to a quarter of a bit; healing, which reads the text too, makes up for most"
     )
-
-
-LITTLE = 0.05
 
 
 def _bytes_per_token(tokenizer: Any, skills: Mapping[str, Skill]) -> float:
