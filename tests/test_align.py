@@ -129,7 +129,7 @@ def test_basis_finds_a_planted_subspace(save_model, tmp_path):
 
 def test_dimensions_go_to_the_best_scores():
     def basis(scores):
-        return Basis(torch.eye(len(scores)), torch.tensor(scores), (), ())
+        return Basis(torch.eye(len(scores)), torch.eye(len(scores)), torch.tensor(scores), (), (), 1.0)
 
     assert allot([basis([0.6, 0.3, 0.1]), basis([0.5, 0.5])], 3) == [1, 2]
     sure, unsure = basis([1 - 3e-6, 1e-6, 1e-6, 1e-6]), basis([0.25] * 4)

@@ -27,7 +27,14 @@ from polymerge.errors import (
     TextError,
 )
 
-KNOBS = {"ridge": 1e-3, "mute": 0.1, "off_gate": 0.0, "off_weight": 0.3, "even": 0.0}  # given: no trials
+KNOBS = {
+    "ridge": 1e-3,
+    "mute": 0.1,
+    "mute_last": 0.3,
+    "off_gate": 0.0,
+    "off_weight": 0.3,
+    "even": 0.0,
+}  # given: no trials
 RECIPE = {
     "method": "fold",
     "anchor": "prose",

@@ -16,7 +16,7 @@ from polymerge.model import decoder
 from polymerge.model.source import Source
 
 NO_REFINE = Refine(steps=0, head_steps=0)
-EXACT = Knobs(ridge=1e-12, mute=0.0, off_gate=0.0, off_weight=0.0)
+EXACT = Knobs(ridge=1e-12, mute=0.0, mute_last=0.0, off_gate=0.0, off_weight=0.0)
 
 
 def texts(experts, rows=48, time=24, vocab=64, apart=16):

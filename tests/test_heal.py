@@ -17,7 +17,7 @@ from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, heal
 from polymerge.heal_state import LOG, STATE
 from polymerge.methods.union import UnionForCausalLM
-from polymerge.teachers import Batches, kl
+from polymerge.teachers import Batches, kl, next_token
 
 FAST = Heal(tokens=40 * 6 * 16, lr=3e-3, batch_rows=6, length=16, evaluate_every=5, precision="float32")
 
@@ -438,3 +438,14 @@ def test_loss_reported_is_the_mean_kl_of_a_step(case):
             expected += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / (6 * 15)
     result = heal(student, teachers, rows, validation, replace(FAST, tokens=96))
     assert result.curve[-1].loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_share_of_the_text_counts_its_own_next_tokens(case):
+    """All of it: cross-entropy alone. None given: 0.8 where the owner has another tokenizer, nothing elsewhere."""
+    student, teachers, rows, validation = case
+    rows = {name: Rows(r.tokens[:3], r.bytes) for name, r in rows.items()}
+    with torch.no_grad():
+        found = [next_token(student(r.tokens[:, :-1]).logits, r.tokens[:, :-1]) for r in rows.values()]
+    result = heal(student, teachers, rows, validation, replace(FAST, tokens=96, text=1.0))
+    assert result.curve[-1].loss == pytest.approx(float(sum(found)) / (6 * 15), rel=1e-5)
+    assert [FAST.text_share(foreign=f) for f in (True, False)] == [0.8, 0.0]

@@ -252,22 +252,19 @@ def test_a_guess_of_the_truth_stays_the_truth():
 
 @pytest.mark.parametrize("kind", ["distribution", "likelihood"])
 def test_the_loss_across_tokenizers(folder, kind):
-    """All text: cross-entropy. None: nothing where the student says what the teacher does, and more elsewhere."""
+    """Nothing where the student says what the teacher does, and more elsewhere."""
     source = Source(folder / "code")
     translator, rows, _ = setting(BYTES, COARSE)
     model = AutoModelForCausalLM.from_pretrained(folder / "code", dtype=torch.float32)
     teacher = TranslatedTeacher(model, Foreign("code", source, translator))
     student = torch.randn(*rows.shape, len(BYTES), generator=torch.Generator().manual_seed(2)).requires_grad_()
-    own = torch.nn.functional.cross_entropy(student[:, :-1].transpose(1, 2), rows[:, 1:], reduction="sum")
-    torch.testing.assert_close(across(student, teacher, rows, kind=kind, text=1.0), own)
-    alone = across(student, teacher, rows, kind=kind, text=0.0)
+    alone = across(student, teacher, rows, kind=kind)
     assert float(alone.detach()) > 0
-    torch.testing.assert_close(across(student, teacher, rows, kind=kind, text=0.25), 0.75 * alone + 0.25 * own)
     (slope,) = torch.autograd.grad(alone, student)
     assert torch.isfinite(slope).all()
     with torch.no_grad():
         same = teacher(input_ids=rows).logits
-        assert float(across(same, teacher, rows, kind=kind, text=0.0)) < 0.05 * float(alone)
+        assert float(across(same, teacher, rows, kind=kind)) < 0.05 * float(alone)
 
 
 def test_what_is_told_of_the_same_tokens_costs_nothing(folder):

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from polymerge.errors import RecipeError
 
 _EVALUATION_SHARE = 0.15
+_FOREIGN_TEXT = 0.8
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,7 +43,8 @@ class Heal:
         teacher: each text's owner, or the union of all experts.
         across: what is learned from an owner with another tokenizer: its distribution told in the result's tokens, or
             only the likelihood of the bytes that follow.
-        text: share of the text's own next token in the loss on such an owner's rows.
+        text: share of the text's own next token in the loss on every row; by default 0.8 on the rows of an owner with
+            another tokenizer, which knows the result's next token only in part, and none on the others.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long
             ones, and fewer where the validation text is so long that they would take over 15 % of the time.
         precision: of forward passes; "auto" is bfloat16 autocast where the hardware is faster with it.
@@ -55,7 +57,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
-    text: float = 0.8
+    text: float | None = None
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -70,7 +72,7 @@ class Heal:
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("teacher", self.teacher in ("owner", "union"), "owner or union"),
             ("across", self.across in ("distribution", "likelihood"), "distribution or likelihood"),
-            ("text", 0 <= self.text <= 1, "a share from 0 to 1"),
+            ("text", self.text is None or 0 <= self.text <= 1, "a share from 0 to 1"),
             ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "1 or more"),
             ("precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
         ):
@@ -90,6 +92,12 @@ class Heal:
         affordable = validation_tokens / (_EVALUATION_SHARE * 3 * self.batch_rows * self.length)
         about = max(1, math.ceil(affordable), min(25, self.steps // 8))
         return math.ceil(self.steps / max(1, self.steps // about))  # even, so that none falls just before the end
+
+    def text_share(self, *, foreign: bool) -> float:
+        """Share of the text's own next token on rows whose owner has another tokenizer, or the result's."""
+        if self.text is not None:
+            return self.text
+        return _FOREIGN_TEXT if foreign else 0.0
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

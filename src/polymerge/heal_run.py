@@ -93,16 +93,11 @@ class Run:
             logits = self.student(input_ids=torch.cat(parts), use_cache=False).logits
         loss = torch.zeros((), device=self.device)
         for name, tokens, mine in zip(drawn, parts, logits.split([len(p) for p in parts]), strict=True):
-            guide = self.guides[name]
-            if isinstance(guide, TranslatedTeacher):
-                with self._autocast():
-                    loss = loss + learning.across(
-                        mine, guide, tokens, kind=self.settings.across, text=self.settings.text
-                    )
-                continue
-            with torch.no_grad(), self._autocast():
-                theirs = guide(input_ids=tokens, use_cache=False).logits
-            loss = loss + learning.kl(mine, theirs)
+            share = self.settings.text_share(foreign=isinstance(self.guides[name], TranslatedTeacher))
+            if share < 1:
+                loss = loss + (1 - share) * self._taught(self.guides[name], mine, tokens)
+            if share > 0:
+                loss = loss + share * learning.next_token(mine, tokens)
         loss = loss / logits.shape[:2].numel()
         self.optimizer.zero_grad()
         loss.backward()
@@ -115,6 +110,15 @@ class Run:
             else:
                 self._fault()
             self.step, self.drawn = self.step + 1, self.batches.state()
+
+    def _taught(self, guide: Any, student: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What the student still lacks of its teacher's predictions, in nats summed over positions."""
+        with self._autocast():
+            if isinstance(guide, TranslatedTeacher):
+                return learning.across(student, guide, tokens, kind=self.settings.across)
+            with torch.no_grad():
+                theirs = guide(input_ids=tokens, use_cache=False).logits
+        return learning.kl(student, theirs)
 
     def measure(self) -> None:
         """Validate; keep the state if it is the best, go back to the best if it is clearly worse again."""

@@ -115,7 +115,7 @@ class Union(_Strict):
 
 
 class Fold(_Strict):
-    """Calibration and solver of the fold; the five knobs are chosen on held-out text unless given."""
+    """Calibration and solver of the fold; the six knobs are chosen on held-out text unless given."""
 
     tokens: Count = 32_000
     length: int = Field(128, ge=8)
@@ -124,6 +124,7 @@ class Fold(_Strict):
     refine_lr: float = Field(2e-3, gt=0)
     ridge: float | None = Field(None, gt=0)
     mute: float | None = Field(None, ge=0)
+    mute_last: float | None = Field(None, ge=0)
     off_gate: float | None = Field(None, ge=0)
     off_weight: float | None = Field(None, ge=0)
     even: float | None = Field(None, ge=0, le=1)

@@ -104,21 +104,23 @@ def likelihood(
     return TAU * apart.sum()
 
 
+def next_token(student: Float[Tensor, "row time vocab"], tokens: Int64[Tensor, "row time"]) -> Float[Tensor, ""]:
+    """−log q of the text's own next token, in nats summed over positions; differentiable in the student's logits."""
+    return F.cross_entropy(student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
 def across(
     student: Float[Tensor, "row time vocab"],
     teacher: Any,
     tokens: Int64[Tensor, "row time"],
     *,
     kind: Literal["distribution", "likelihood"],
-    text: float,
 ) -> Float[Tensor, ""]:
     """Loss on rows whose teacher has another tokenizer, summed over positions; differentiable in the student.
 
-        (1 − text) · (what the teacher knows of the result's tokens) + text · (−log q of the text's own next token)
-
     teacher: a `TranslatedTeacher`. `distribution` is KL to its distribution, in which the student's own shares fill in
     what the teacher's tokens leave open: it learns nothing there from the teacher but the probability of the bytes that
-    follow. The text's tokens are drawn from what both should predict, so their cross-entropy tells the rest.
+    follow. The text's tokens are drawn from what both should predict, so `next_token` tells the rest.
     """
     guess = None
     if kind == "distribution":
@@ -126,9 +128,7 @@ def across(
         guess = (1 - EVEN) * guess + EVEN / guess.shape[-1]
     with torch.no_grad():
         theirs = teacher(input_ids=tokens, use_cache=False, guess=guess).logits
-    loss = kl(student, theirs) if kind == "distribution" else likelihood(student, theirs, tokens)
-    own = F.cross_entropy(student[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-    return (1 - text) * loss + text * own
+    return kl(student, theirs) if kind == "distribution" else likelihood(student, theirs, tokens)
 
 
 class Batches:

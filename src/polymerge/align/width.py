@@ -2,14 +2,17 @@
 
 Over the block boundaries accumulate C = E[s sᵀ] of the residual states and F = E[g gᵀ] of the gradients of log p(y)
 with respect to them, y drawn from the expert itself. F is the Fisher information: an error δ at that boundary costs
-½ δᵀ F δ nats of KL to first order. With C = LLᵀ and U the eigenvectors of Lᵀ F L, Q = qr(L U) is an
-orthonormal basis, most
-important direction first (balanced truncation: Moore 1981; here both Gramians are measured on text).
+½ δᵀ F δ nats of KL to first order. A target that keeps r functionals Aᵀs can say of the rest what regression tells:
+with C = LLᵀ and U the eigenvectors of Lᵀ F L, best first, the error tr F·Cov(s | Aᵀs) is least for A = L⁻ᵀ U_r, and is
+the sum of the other eigenvalues (balanced truncation: Moore 1981; both Gramians measured on text here). What is told of
+s is then ŝ = L U_r U_rᵀ L⁻¹ s. The target's slice holds its coordinates in the orthonormal basis Q = qr(L U), so that
+its norm, by which an RMSNorm divides, is that of ŝ, and of s itself where all are kept.
 
 The gradients come from one reverse sweep: layer inputs are cached on the way up, each layer is replayed and
 differentiated alone on the way down, so one layer is in memory at a time.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,18 +23,35 @@ from torch import Tensor
 from polymerge.model import decoder
 from polymerge.model.source import Source
 
+UNSURE, HOTTEST = 1.5, 64.0
+"""Nats of entropy that predictions need so that their gradients tell what is heard; the highest temperature."""
+
 
 @dataclass(frozen=True)
 class Basis:
-    """`directions` (resid, resid), columns orthonormal, best first; `scores` sum to 1; Fisher matrices per boundary.
+    """What to keep of a residual stream, best first.
 
-    `fisher_mid[i]`, `fisher_out[i]` (resid, resid): after the attention and after the MLP of layer i.
+    Attributes:
+        directions: Q, columns orthonormal.
+        functionals: L⁻ᵀ U: n of them tell all that a slice of n dimensions can.
+        scores: sum to 1.
+        fisher_mid: per layer, the Fisher matrix (resid, resid) after its attention; `fisher_out` after its MLP.
+        scale: typical size of the stream's entries, the geometric mean over the boundaries.
     """
 
     directions: Float[Tensor, "resid resid"]
+    functionals: Float[Tensor, "resid resid"]
     scores: Float[Tensor, " resid"]
     fisher_mid: tuple[Tensor, ...]
     fisher_out: tuple[Tensor, ...]
+    scale: float
+
+    def encoder(self, size: int) -> Float[Tensor, "resid size"]:
+        """P: Pᵀs are the coordinates of ŝ in the first `size` directions."""
+        told = self.functionals[:, :size]
+        present = torch.linalg.inv(self.functionals).mT[:, :size]  # L U
+        coordinates: Tensor = told @ (present.mT @ self.directions[:, :size])
+        return coordinates
 
 
 def centred(source: Source, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
@@ -60,7 +80,8 @@ def residual_basis(
             inputs.append(states)
             weights = source.layer(index)
             states = [centred(source, decoder.layer(spec, weights, x).out) for x in states]
-    upstream = [_sampled_gradient(source, outer, x, scored, generator) for x in states]
+    temperature = _temperature(source, outer, states, scored)
+    upstream = [_sampled_gradient(source, outer, x, scored, generator, temperature) for x in states]
     for x, g in zip(states, upstream, strict=True):
         _accumulate(present[2 * layers], x)
         _accumulate(heard[2 * layers], g)
@@ -80,23 +101,50 @@ def residual_basis(
         upstream = downstream
     count = tokens.numel()
     fisher = heard / count
-    directions, scores = _balance(_normalised(present), _normalised(heard))
+    directions, functionals, scores = _balance(_normalised(present), _normalised(heard))
     return Basis(
-        directions=directions.to(source.dtype),
+        directions=directions,
+        functionals=functionals,
         scores=scores,
         fisher_mid=tuple(fisher[2 * i + 1] for i in range(layers)),
         fisher_out=tuple(fisher[2 * i + 2] for i in range(layers)),
+        scale=float((present.diagonal(dim1=1, dim2=2).mean(1) / count).clamp_min(1e-30).log().mean().div(2).exp()),
     )
 
 
+def _temperature(source: Source, outer: dict[str, Tensor], states: Sequence[Tensor], scored: Tensor) -> float:
+    """By which the logits are divided before y is drawn: 1, doubled until the predictions are unsure on average.
+
+    An expert that is always sure draws what it would have said anyway, from which no gradient comes: the Fisher
+    information of such predictions is that of the few rows on which it errs.
+    """
+    unsure = min(UNSURE, 0.5 * math.log(source.spec.vocab))
+    temperature = 1.0
+    while temperature < HOTTEST:
+        total = count = 0.0
+        for x in states:
+            with torch.no_grad():
+                log_p = (decoder.logits(source.spec, outer, x[:, scored.bool()]) / temperature).log_softmax(-1)
+            total -= float((log_p.exp() * log_p).sum())
+            count += log_p[..., 0].numel()
+        if total >= unsure * count:
+            break
+        temperature *= 2
+    return temperature
+
+
 def _sampled_gradient(
-    source: Source, outer: dict[str, Tensor], x: Tensor, scored: Tensor, generator: torch.Generator
+    source: Source,
+    outer: dict[str, Tensor],
+    x: Tensor,
+    scored: Tensor,
+    generator: torch.Generator,
+    temperature: float,
 ) -> Tensor:
     """d(−log p(y)) / dx with y drawn from p: its second moment is the Fisher information."""
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = decoder.logits(source.spec, outer, leaf)
-        log_probs = logits.log_softmax(-1)
+        log_probs = (decoder.logits(source.spec, outer, leaf) / temperature).log_softmax(-1)
         drawn = torch.multinomial(log_probs.detach().flatten(0, 1).exp().cpu(), 1, generator=generator)
         loss = -log_probs.flatten(0, 1).gather(1, drawn.to(x.device))
         loss = (loss.view(x.shape[:2]) * scored.to(x)).sum()
@@ -115,13 +163,14 @@ def _normalised(moments: Tensor) -> Tensor:
     return (moments / power[:, None, None]).sum(0)
 
 
-def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eye = torch.eye(len(present), dtype=present.dtype, device=present.device)
-    factor = torch.linalg.cholesky(present + 1e-6 * present.diagonal().mean() * eye)
+    factor = torch.linalg.cholesky(present + 1e-4 * present.diagonal().mean() * eye)
     power, rotation = torch.linalg.eigh(factor.T @ heard @ factor)
     power, rotation = power.flip(0).clamp_min(0), rotation.flip(1)
     directions, _ = torch.linalg.qr(factor @ rotation)
-    return directions, power / power.sum()
+    functionals = torch.linalg.solve_triangular(factor.T, rotation, upper=True)
+    return directions, functionals, power / power.sum()
 
 
 def allot(bases: Sequence[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:

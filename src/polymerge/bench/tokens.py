@@ -43,7 +43,7 @@ class TokenFold:
     """
 
     basis_rows: int = 2048
-    trial_rows: int = 1024
+    trial_rows: int = 2048
     trial_held_out: int = 512
     refine: Refine = field(default_factory=lambda: Refine(steps=200, rows=512, lr=1e-3, head_steps=60))
     batch: int = 2048

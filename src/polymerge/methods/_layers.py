@@ -29,15 +29,18 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Knobs:
-    """The five numbers of the fold.
+    """The six numbers of the fold.
 
     `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does not own
-    the position; `off_gate` M: the gate is −M there; `off_weight`, the weight of that target; `even`, the part of the
-    stream's dimensions that is dealt out by the experts' widths and not by score.
+    the position; `mute_last`, the same after the last MLP: the head reads every slice, and what another expert says is
+    as wrong there as an error of the owner's; `off_gate` M: the gate is −M where an expert does not own the position;
+    `off_weight`, the weight of that target; `even`, the part of the stream's dimensions that is dealt out by the
+    experts' widths and not by score.
     """
 
     ridge: float = 1e-4
     mute: float = 0.03
+    mute_last: float = 0.3
     off_gate: float = 0.0
     off_weight: float = 0.1
     even: float = 0.0
@@ -72,10 +75,12 @@ class LayerFold:
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)
         self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
+        self.scales = [b.scale / max(other.scale for other in bases) for b in bases]
         self.encoders, self.slices = encoders(
-            bases, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
+            bases, self.scales, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
         )
         self.outers = [e.outer() for e in experts]
+        self.mute = knobs.mute
         self.state = self.weight = torch.empty(0)
         self.current: list[Tensor] = []
         self.before_attention: list[Tensor] = []
@@ -196,6 +201,8 @@ class LayerFold:
     def feed_forward(self, layer: int, present: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         """Solve gate and up, then down, of a target layer; moves the states (the target's, if not refined)."""
         target, knobs = self.target, self.knobs
+        if layer == target.layers - 1:
+            self.mute = knobs.mute_last
         gates, ups = (
             {k: Moments.zeros(target.width, self.experts[k].spec.mlp, self.device) for k in present} for _ in "gu"
         )
@@ -257,7 +264,7 @@ class LayerFold:
         owned = self.texts.owned[k][rows].to(self.device)
         state = self._paired(k, rows, self.current[k][rows].to(self.device), self.texts.tokens.shape[1])
         goal = state @ self.encoders[k][:, self.slices[k]].to(self.device)
-        quiet = self.knobs.mute * (1 - owned)
+        quiet = self.mute * (1 - owned)
         if fitted:
             quiet = quiet * self.texts.fit[rows, None].to(owned)
         weight = (self.weight if fitted else self.say)[k][rows].to(owned)
@@ -280,11 +287,11 @@ class LayerFold:
             for k, part in enumerate(self.slices):
                 goal, weight = self.goal(k, rows)
                 out[k].add_cross(x.flatten(0, 1), (goal - state[..., part]).flatten(0, 1), weight.flatten())
-                usual = torch.where(owner == k, 1.0, self.knobs.mute).to(weight)[:, None] * fit[:, None].to(weight)
+                usual = torch.where(owner == k, 1.0, self.mute).to(weight)[:, None] * fit[:, None].to(weight)
                 out[k].add_gram(x.flatten(0, 1), (weight - usual).flatten())
         for k, moments in enumerate(out):
             for j, gram in enumerate(shared):
-                moments.gram += gram * (1.0 if j == k else self.knobs.mute)
+                moments.gram += gram * (1.0 if j == k else self.mute)
         return out
 
     def keep(self, writers: list[Moments], layer: int, where: str, group: int, keep: int) -> Tensor:
@@ -314,8 +321,9 @@ class LayerFold:
         last = max(reached - 1, 0)
         at_mid = reached == 0 or (where == "mid" and self.hosts[k][last] == layer)
         fisher = (self.bases[k].fisher_mid if at_mid else self.bases[k].fisher_out)[last]
-        encoder = self.encoders[k][:, self.slices[k]].to(fisher)
-        metric: Tensor = encoder.T @ fisher @ encoder
+        size = self.slices[k].stop - self.slices[k].start
+        told = self.bases[k].directions[:, :size].to(fisher) * self.scales[k]
+        metric: Tensor = told.T @ fisher @ told
         return metric
 
     # ------------------------------------------------------------------------------------------ parts
@@ -428,17 +436,22 @@ class LayerFold:
 
 def encoders(
     bases: Sequence[width.Basis],
+    scales: Sequence[float],
     balance: Sequence[float],
     total: int,
     dtype: torch.dtype,
     first: int = 0,
     even: float = 0.0,
 ) -> tuple[list[Tensor], list[slice]]:
-    """P_k (resid_k, total) and each expert's slice, from dimension `first` on."""
+    """P_k (resid_k, total) and each expert's slice, from dimension `first` on.
+
+    An RMSNorm hears no difference between a stream and a multiple of it, so each is brought to the size of the loudest,
+    of which it has `scales` now: else what leaks from that one into the others' texts would drown theirs.
+    """
     matrices, slices, start = [], [], first
-    for basis, n in zip(bases, width.allot(bases, total - first, balance, even), strict=True):
+    for basis, scale, n in zip(bases, scales, width.allot(bases, total - first, balance, even), strict=True):
         matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
-        matrix[:, start : start + n] = basis.directions[:, :n].cpu()
+        matrix[:, start : start + n] = (basis.encoder(n) / scale).cpu()
         matrices.append(matrix)
         slices.append(slice(start, start + n))
         start += n

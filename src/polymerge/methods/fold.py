@@ -43,6 +43,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "even": (0.5, 1.0),
     "off_gate": (2.0,),
     "mute": (0.1,),
+    "mute_last": (1.0,),
     "off_weight": (0.3,),
     "ridge": (1e-3,),
 }
