@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from polymerge.align import depth, prune
+from polymerge.align import width as stream
 from polymerge.align.heads import expand_groups, placement
 from polymerge.align.width import Basis, allot, residual_basis
 from polymerge.calibrate.ownership import by_gate, by_prefix
@@ -125,6 +126,43 @@ def test_basis_finds_a_planted_subspace(save_model, tmp_path):
     inside = found.directions[:, :6]
     torch.testing.assert_close(inside @ (inside.T @ plane), plane, atol=1e-4, rtol=0)
     assert float(found.scores[:6].sum()) > 0.999
+
+
+def test_what_a_slice_keeps_leaves_the_least_heard_error():
+    """Against the coordinates in the same directions, random ones, and the sum of the scores that are left."""
+    g = torch.Generator().manual_seed(0)
+    draw = torch.randn(2, 12, 12, generator=g).double() * torch.logspace(0, -0.7, 12).double()
+    present, heard = draw[0] @ draw[0].T, draw[1] @ draw[1].T
+    directions, functionals, scores = stream._balance(present, heard)
+    basis = Basis(directions, functionals, scores, (), (), 1.0)
+
+    def error(kept):
+        told = present @ kept @ torch.linalg.solve(kept.T @ present @ kept, kept.T @ present)
+        return float((heard * (present - told)).sum())
+
+    total = float((heard * present).sum())
+    states = torch.linalg.cholesky(present)
+    for size in (3, 6, 9):
+        kept = basis.encoder(size)
+        assert error(kept) == pytest.approx(total * float(scores[size:].sum()), rel=0.05)
+        others = [directions[:, :size], *torch.randn(20, 12, size, generator=g).double()]
+        assert all(error(kept) < error(other) for other in others)
+        told = present @ kept @ torch.linalg.inv(kept.T @ present @ kept) @ kept.T @ states  # ŝ
+        torch.testing.assert_close((kept.T @ states).norm(dim=0), told.norm(dim=0), rtol=0.01, atol=0)
+    torch.testing.assert_close(basis.encoder(12), directions)
+
+
+def test_predictions_that_are_sure_are_heard_at_a_higher_temperature(save_model, tmp_path):
+    save_model(tmp_path, "llama")
+    source = Source(tmp_path, dtype=torch.float64)
+    states = [torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0)).double()]
+    outer, scored = source.outer(), torch.arange(6) > 2
+    assert stream._temperature(source, outer, states, scored) == 1.0
+    outer["head.weight"] = outer["head.weight"] * 1e3
+    found = stream._temperature(source, outer, states, scored)
+    assert found > 4.0
+    outer["head.weight"] = outer["head.weight"] * 2
+    assert stream._temperature(source, outer, states, scored) == 2 * found
 
 
 def test_dimensions_go_to_the_best_scores():

@@ -116,6 +116,37 @@ def test_permuting_the_neurons_of_an_expert_changes_nothing(save_model, tmp_path
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
+def test_how_loud_an_expert_is_changes_nothing(save_model, tmp_path):
+    """An RMSNorm does not hear a common factor of all that is written into its stream."""
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
+    data = texts(2)
+    family, (target,) = shape(pair, width=40, heads=6, mlp=48)
+    before, _, _ = folded_logits(pair, family, target, data, Knobs())
+    outer, plain, loud = pair[1].outer(), pair[1].layer, 30.0
+    pair[1].outer = lambda: outer | {"embed.weight": loud * outer["embed.weight"]}
+    writers = ("o.weight", "down.weight")
+    pair[1].layer = lambda i: {role: w * (loud if role in writers else 1) for role, w in plain(i).items()}
+    after, _, _ = folded_logits(pair, family, target, data, Knobs())
+    torch.testing.assert_close(after, before, atol=0.02, rtol=0.02)  # eps under the norms is heard a little
+    pair[1].outer = lambda: outer | {"embed.weight": 3.0 * outer["embed.weight"]}  # without its writers: heard
+    other, _, _ = folded_logits(pair, family, target, data, Knobs())
+    assert (other - before).abs().max() > 1
+
+
+def test_silence_after_the_last_mlp_has_a_weight_of_its_own(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
+    data = texts(2)
+    family, (target,) = shape(pair, width=24, heads=3, mlp=24)
+    weights = [folded_logits(pair, family, target, data, Knobs(mute_last=m))[2] for m in (0.03, 1.0)]
+    moved = {
+        (i, role) for i, part in weights[0].items() for role, w in part.items() if not w.equal(weights[1][i][role])
+    }
+    assert moved >= {(target.layers - 1, "down.weight")}
+    assert moved <= {(target.layers - 1, role) for role in ("gate.weight", "up.weight", "down.weight")} | {
+        (None, "head.weight")
+    }
+
+
 def test_a_larger_target_folds_better(save_model, tmp_path):
     pair = [
         expert(save_model, tmp_path / "a"),

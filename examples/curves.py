@@ -1,0 +1,94 @@
+"""Two curves of the shipped pair: skill against size, and skill against how much text there is.
+
+    python examples/curves.py size [--out examples/results/curves.jsonl]
+    python examples/curves.py tokens
+    python examples/curves.py draw        # examples/figures/curves.png, from the rows alone
+
+`size`: the fold alone, from the larger expert's size to both experts side by side. `tokens`: the same 100 k tokens of
+healing, but only so many of them different; the fold is made from those as well, and the padded anchor is distilled on
+them. Bits per byte over each skill's owner, test text; rates as `floors.py` chose them. Seven CPU minutes each.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pair import Pair, Start
+
+from polymerge import threads
+from polymerge.bench.machine import commit
+from polymerge.heal import Heal
+from polymerge.model.target import load_student
+
+SIZES = ("1.0x", "1.2x", "1.4x", "1.6x", "sum", "2.2x", "2.6x", "union")
+TOKENS = (2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
+HEALING = 100_000
+RATES = {"fold": 2e-3, "anchor": 4e-3}
+
+
+def main() -> None:
+    """Append the rows of a curve, or draw both."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("curve", choices=["size", "tokens", "draw"])
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results/curves.jsonl")
+    asked = arguments.parse_args()
+    if asked.curve == "draw":
+        draw(asked.out)
+        return
+    with asked.out.open("a", encoding="utf-8") as lines, threads.fitting(1):
+        for value in SIZES if asked.curve == "size" else TOKENS:
+            for row in by_size(value, asked.seed) if asked.curve == "size" else by_tokens(value, asked.seed):
+                line = json.dumps({"commit": commit(), "curve": asked.curve, "seed": asked.seed, **row})
+                print(line, flush=True)
+                lines.write(line + "\n")
+                lines.flush()
+
+
+def by_size(size: str, seed: int) -> list[dict]:
+    """The fold at one size."""
+    with TemporaryDirectory() as scratch:
+        pair = Pair(Path(scratch), seed)
+        start = pair.fold(sum(pair.sizes.values()) if size == "sum" else size)
+        return [{"method": "fold", "size": size, "before": pair.excess(load_student(start.folder)), **start.facts}]
+
+
+def by_tokens(tokens: int, seed: int) -> list[dict]:
+    """Fold + heal and the padded anchor, with so many different tokens of each skill."""
+    with TemporaryDirectory() as scratch:
+        pair = Pair(Path(scratch), seed, tokens)
+        fold = pair.fold("1.5x")
+        starts: dict[str, Start] = {"fold": fold, "anchor": pair.anchor(fold.spec)}
+        return [
+            {"method": name, "unique": tokens, **pair.healed(start, Heal(tokens=HEALING, lr=RATES[name]))}
+            for name, start in starts.items()
+        ]
+
+
+def draw(rows: Path) -> None:
+    """Both curves side by side."""
+    from matplotlib import pyplot as plt
+
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    sizes = sorted((r for r in found if r["curve"] == "size"), key=lambda r: r["parameters"])
+    for skill in sizes[0]["before"]:
+        left.plot([r["parameters"] / 1e6 for r in sizes], [r["before"][skill] for r in sizes], "o-", label=skill)
+    left.set(xlabel="million parameters", ylabel="bits per byte over the owner", title="fold alone")
+    for method, stage, label in (
+        ("fold", "before", "fold"), ("fold", "after", "fold + heal"), ("anchor", "after", "padded anchor distilled"),
+    ):  # fmt: skip
+        mine = [r for r in found if r["curve"] == "tokens" and r["method"] == method]
+        right.plot([r["unique"] for r in mine], [max(r[stage].values()) for r in mine], "o-", label=label)
+    right.set(xlabel="different tokens of each skill", xscale="log", title="worst skill, 100 k tokens of healing")
+    for axes in (left, right):
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.legend(frameon=False)
+    target = Path(__file__).parent / "figures/curves.png"
+    figure.savefig(target, dpi=150)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
