@@ -43,6 +43,7 @@ def test_a_whole_recipe(tmp_path):
     assert recipe.experts["code"].field == "body"
     assert recipe.size == Size(params=Budget(times=1.5))
     assert recipe.heal == Heal(tokens=400_000, lr=1e-4)  # YAML reads 1e-4 as text
+    assert parse(data(heal={"text": None, "lr": "1e-3"})).heal == Heal(lr=1e-3)  # left empty: the default
     assert (recipe.fold.tokens, recipe.fold.ridge, recipe.seed) == (32_000, 1e-3, 3)
 
 
@@ -93,6 +94,8 @@ def test_union_is_a_size():
         ({"fold": {"length": 4}}, "fold.length: "),
         ({"fold": {"tokens": "many"}}, "fold.tokens: 'many' is not a count"),
         ({"heal": {"lr": -1}}, "lr"),
+        ({"heal": {"text": "some"}}, "'some' is no number"),
+        ({"heal": {"lr": [1]}}, "[1] is no number"),
         ({"union": {"alpha": 1}}, "union.alpha: "),
         ({"dtype": "int8"}, "dtype: "),
         ({"seed": -1}, "seed: "),

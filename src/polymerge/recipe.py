@@ -138,13 +138,16 @@ def healing(value: object) -> object:
     for key in value:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
-    number: dict[str, Any] = {"tokens": count, "lr": float, "warmup": float, "text": float}
-    settings: dict[str, Any] = {key: number.get(key, _same)(v) for key, v in value.items()}
-    return Heal(**settings)
+    given = {key: v for key, v in value.items() if v is not None}  # a key left empty: its default
+    number: dict[str, Any] = {"tokens": count, "lr": _number, "warmup": _number, "text": _number}
+    return Heal(**{key: number[key](v) if key in number else v for key, v in given.items()})
 
 
-def _same(value: object) -> object:
-    return value
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # YAML reads 1e-4 as text
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is no number") from None
 
 
 class Recipe(_Strict):
