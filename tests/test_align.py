@@ -133,8 +133,8 @@ def test_what_a_slice_keeps_leaves_the_least_heard_error():
     g = torch.Generator().manual_seed(0)
     draw = torch.randn(2, 12, 12, generator=g).double() * torch.logspace(0, -0.7, 12).double()
     present, heard = draw[0] @ draw[0].T, draw[1] @ draw[1].T
-    directions, functionals, scores = stream._balance(present, heard)
-    basis = Basis(directions, functionals, scores, (), (), 1.0)
+    directions, *rest = stream._balance(present, heard)
+    basis, scores = Basis(directions, *rest, (), (), 1.0), rest[-1]
 
     def error(kept):
         told = present @ kept @ torch.linalg.solve(kept.T @ present @ kept, kept.T @ present)
@@ -167,7 +167,8 @@ def test_predictions_that_are_sure_are_heard_at_a_higher_temperature(save_model,
 
 def test_dimensions_go_to_the_best_scores():
     def basis(scores):
-        return Basis(torch.eye(len(scores)), torch.eye(len(scores)), torch.tensor(scores), (), (), 1.0)
+        one = torch.eye(len(scores))
+        return Basis(one, one, one, torch.tensor(scores), (), (), 1.0)
 
     assert allot([basis([0.6, 0.3, 0.1]), basis([0.5, 0.5])], 3) == [1, 2]
     sure, unsure = basis([1 - 3e-6, 1e-6, 1e-6, 1e-6]), basis([0.25] * 4)

@@ -32,7 +32,7 @@ class Basis:
     """What to keep of a residual stream, best first.
 
     Attributes:
-        directions: Q, columns orthonormal.
+        directions: Q, columns orthonormal; `triangle`: R, with Q R = L U.
         functionals: L⁻ᵀ U: n of them tell all that a slice of n dimensions can.
         scores: sum to 1.
         fisher_mid: per layer, the Fisher matrix (resid, resid) after its attention; `fisher_out` after its MLP.
@@ -40,6 +40,7 @@ class Basis:
     """
 
     directions: Float[Tensor, "resid resid"]
+    triangle: Float[Tensor, "resid resid"]
     functionals: Float[Tensor, "resid resid"]
     scores: Float[Tensor, " resid"]
     fisher_mid: tuple[Tensor, ...]
@@ -48,10 +49,7 @@ class Basis:
 
     def encoder(self, size: int) -> Float[Tensor, "resid size"]:
         """P: Pᵀs are the coordinates of ŝ in the first `size` directions."""
-        told = self.functionals[:, :size]
-        present = torch.linalg.inv(self.functionals).mT[:, :size]  # L U
-        coordinates: Tensor = told @ (present.mT @ self.directions[:, :size])
-        return coordinates
+        return self.functionals[:, :size] @ self.triangle[:size, :size].mT
 
 
 def centred(source: Source, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
@@ -101,9 +99,10 @@ def residual_basis(
         upstream = downstream
     count = tokens.numel()
     fisher = heard / count
-    directions, functionals, scores = _balance(_normalised(present), _normalised(heard))
+    directions, triangle, functionals, scores = _balance(_normalised(present), _normalised(heard))
     return Basis(
         directions=directions,
+        triangle=triangle,
         functionals=functionals,
         scores=scores,
         fisher_mid=tuple(fisher[2 * i + 1] for i in range(layers)),
@@ -163,14 +162,15 @@ def _normalised(moments: Tensor) -> Tensor:
     return (moments / power[:, None, None]).sum(0)
 
 
-def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q, R, L⁻ᵀ U and the scores."""
     eye = torch.eye(len(present), dtype=present.dtype, device=present.device)
     factor = torch.linalg.cholesky(present + 1e-4 * present.diagonal().mean() * eye)
     power, rotation = torch.linalg.eigh(factor.T @ heard @ factor)
     power, rotation = power.flip(0).clamp_min(0), rotation.flip(1)
-    directions, _ = torch.linalg.qr(factor @ rotation)
+    directions, triangle = torch.linalg.qr(factor @ rotation)
     functionals = torch.linalg.solve_triangular(factor.T, rotation, upper=True)
-    return directions, functionals, power / power.sum()
+    return directions, triangle, functionals, power / power.sum()
 
 
 def allot(bases: Sequence[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:
