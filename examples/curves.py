@@ -40,7 +40,7 @@ def main() -> None:
     with asked.out.open("a", encoding="utf-8") as lines, threads.fitting(1):
         for value in SIZES if asked.curve == "size" else TOKENS:
             for row in by_size(value, asked.seed) if asked.curve == "size" else by_tokens(value, asked.seed):
-                line = json.dumps({"commit": commit(), "curve": asked.curve, "seed": asked.seed, **row})
+                line = json.dumps({"commit": commit(), "kind": asked.curve, "seed": asked.seed, **row})
                 print(line, flush=True)
                 lines.write(line + "\n")
                 lines.flush()
@@ -72,14 +72,14 @@ def draw(rows: Path) -> None:
 
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    sizes = sorted((r for r in found if r["curve"] == "size"), key=lambda r: r["parameters"])
+    sizes = sorted((r for r in found if r["kind"] == "size"), key=lambda r: r["parameters"])
     for skill in sizes[0]["before"]:
         left.plot([r["parameters"] / 1e6 for r in sizes], [r["before"][skill] for r in sizes], "o-", label=skill)
     left.set(xlabel="million parameters", ylabel="bits per byte over the owner", title="fold alone")
     for method, stage, label in (
         ("fold", "before", "fold"), ("fold", "after", "fold + heal"), ("anchor", "after", "padded anchor distilled"),
     ):  # fmt: skip
-        mine = [r for r in found if r["curve"] == "tokens" and r["method"] == method]
+        mine = [r for r in found if r["kind"] == "tokens" and r["method"] == method]
         right.plot([r["unique"] for r in mine], [max(r[stage].values()) for r in mine], "o-", label=label)
     right.set(xlabel="different tokens of each skill", xscale="log", title="worst skill, 100 k tokens of healing")
     for axes in (left, right):
