@@ -1,7 +1,7 @@
 """The shipped pair as the scripts beside this file use it: folds, padded anchors, healing, test figures."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from polymerge import families, plan, recipe, record
 from polymerge import heal as healing
+from polymerge.bench.methods import holding
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -22,7 +23,7 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
 from polymerge.progress import Quiet
-from polymerge.readers import calibrate, load_expert, measure_experts, rows_of
+from polymerge.readers import TEST_ROWS, VALIDATION_ROWS, calibrate, load_expert, measure_experts, rows_of
 
 LENGTH = 128
 
@@ -50,7 +51,7 @@ class Pair:
         self.sizes = {name: s.parameters for name, s in self.sources.items()}
         self.skills = {name: read_skill(name, [text], seed=seed) for name, text in texts.items()}
         self.tokenizer = load_tokenizer(EXPERTS["prose"])
-        self.test = rows_of(self.skills, "test", self.tokenizer, LENGTH, 512)
+        self.test = rows_of(self.skills, "test", self.tokenizer, LENGTH, TEST_ROWS)
         self.owners = measure_experts(self.sources, self.test, 0.01, Quiet())
 
     def fold(self, size: Any) -> Start:
@@ -79,7 +80,7 @@ class Pair:
     def anchor(self, like: Spec) -> Start:
         """The anchor padded without loss to as many parameters as a fold has."""
         family = families.get(like.family)
-        spec = holds_anchor(family, like, self.sources["prose"].spec, plan.parameters(family, like))
+        spec = holding(family, [self.sources["prose"].spec], like)
         folder = self.folder / f"anchor-{plan.parameters(family, spec)}"
         with CheckpointWriter(folder) as writer:
             emit = sink(family, spec, writer)
@@ -99,7 +100,7 @@ class Pair:
         outcome = healing.heal(
             model, {n: load_expert(s) for n, s in self.sources.items()},
             rows_of(self.skills, "calibration", self.tokenizer, LENGTH, self.rows),
-            rows_of(self.skills, "validation", self.tokenizer, LENGTH, 64), settings, seed=self.seed,
+            rows_of(self.skills, "validation", self.tokenizer, LENGTH, VALIDATION_ROWS), settings, seed=self.seed,
         )  # fmt: skip
         return {
             "seed": self.seed, "lr": settings.lr, "tokens": settings.tokens, "before": before,
@@ -113,16 +114,3 @@ class Pair:
 
     def _finish(self, writer: CheckpointWriter, family: Family, spec: Spec) -> None:
         write_config(writer, hf_config(family, spec, self.sources["prose"]), torch.float32)
-
-
-def holds_anchor(family: Family, target: Spec, anchor: Spec, budget: int) -> Spec:
-    """A shape of the budget that holds the anchor whole: its own width and heads, layers and neurons as they fit."""
-    for layers in (target.layers, anchor.layers):
-        spec = replace(
-            target, width=anchor.width, heads=anchor.heads, kv_heads=anchor.kv_heads, layers=layers, mlp=anchor.mlp
-        )
-        each = plan.parameters(family, replace(spec, mlp=1)) - plan.parameters(family, replace(spec, mlp=0))
-        mlp = (budget - plan.parameters(family, replace(spec, mlp=0))) // each
-        if mlp >= anchor.mlp:
-            return replace(spec, mlp=mlp)
-    return anchor

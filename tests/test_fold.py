@@ -128,7 +128,7 @@ def test_how_loud_an_expert_is_changes_nothing(save_model, tmp_path):
     pair[1].layer = lambda i: {role: w * (loud if role in writers else 1) for role, w in plain(i).items()}
     after, _, _ = folded_logits(pair, family, target, data, Knobs())
     torch.testing.assert_close(after, before, atol=0.02, rtol=0.02)  # eps under the norms is heard a little
-    pair[1].outer = lambda: outer | {"embed.weight": 3.0 * outer["embed.weight"]}  # without its writers: heard
+    pair[1].outer = lambda: outer | {"embed.weight": 3.0 * outer["embed.weight"]}  # a tenth of its writers: heard
     other, _, _ = folded_logits(pair, family, target, data, Knobs())
     assert (other - before).abs().max() > 1
 

@@ -440,12 +440,17 @@ def test_loss_reported_is_the_mean_kl_of_a_step(case):
     assert result.curve[-1].loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_share_of_the_text_counts_its_own_next_tokens(case):
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_text_counts_its_own_next_tokens(case, share):
     """All of it: cross-entropy alone. None given: 0.8 where the owner has another tokenizer, nothing elsewhere."""
     student, teachers, rows, validation = case
     rows = {name: Rows(r.tokens[:3], r.bytes) for name, r in rows.items()}
+    expected = 0.0
     with torch.no_grad():
-        found = [next_token(student(r.tokens[:, :-1]).logits, r.tokens[:, :-1]) for r in rows.values()]
-    result = heal(student, teachers, rows, validation, replace(FAST, tokens=96, text=1.0))
-    assert result.curve[-1].loss == pytest.approx(float(sum(found)) / (6 * 15), rel=1e-5)
+        for name, r in rows.items():
+            tokens = r.tokens[:, :-1]
+            ours, theirs = student(tokens).logits, teachers[name](tokens).logits
+            expected += float((1 - share) * kl(ours, theirs) + share * next_token(ours, tokens)) / (6 * 15)
+    result = heal(student, teachers, rows, validation, replace(FAST, tokens=96, text=share))
+    assert result.curve[-1].loss == pytest.approx(expected, rel=1e-5)
     assert [FAST.text_share(foreign=f) for f in (True, False)] == [0.8, 0.0]

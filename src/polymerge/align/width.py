@@ -188,3 +188,27 @@ def allot(bases: Sequence[Basis], width: int, balance: Sequence[float] | None = 
     scored.sort(key=lambda entry: entry[2] >= sure[entry[1]])
     taken = [k for _, k, _ in scored[:width]]
     return [taken.count(k) for k in range(len(bases))]
+
+
+def encoders(
+    bases: Sequence[Basis],
+    scales: Sequence[float],
+    balance: Sequence[float],
+    total: int,
+    dtype: torch.dtype,
+    first: int = 0,
+    even: float = 0.0,
+) -> tuple[list[Tensor], list[slice]]:
+    """P_k (resid_k, total) and each expert's slice, from dimension `first` on.
+
+    An RMSNorm hears no difference between a stream and a multiple of it, so each is brought to the size of the loudest,
+    of which it has `scales` now: else what leaks from that one into the others' texts would drown theirs.
+    """
+    matrices, slices, start = [], [], first
+    for basis, scale, n in zip(bases, scales, allot(bases, total - first, balance, even), strict=True):
+        matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
+        matrix[:, start : start + n] = (basis.encoder(n) / scale).cpu()
+        matrices.append(matrix)
+        slices.append(slice(start, start + n))
+        start += n
+    return matrices, slices

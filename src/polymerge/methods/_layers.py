@@ -76,7 +76,7 @@ class LayerFold:
         self.constant = any(e.spec.has_constants for e in experts)
         self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
         self.scales = [b.scale / max(other.scale for other in bases) for b in bases]
-        self.encoders, self.slices = encoders(
+        self.encoders, self.slices = width.encoders(
             bases, self.scales, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
         )
         self.outers = [e.outer() for e in experts]
@@ -432,30 +432,6 @@ class LayerFold:
 
     def _add(self, moments: Moments, x: Tensor, y: Tensor, weight: Tensor) -> None:
         moments.add(x.flatten(0, -2), y.flatten(0, -2), weight.to(x).flatten())
-
-
-def encoders(
-    bases: Sequence[width.Basis],
-    scales: Sequence[float],
-    balance: Sequence[float],
-    total: int,
-    dtype: torch.dtype,
-    first: int = 0,
-    even: float = 0.0,
-) -> tuple[list[Tensor], list[slice]]:
-    """P_k (resid_k, total) and each expert's slice, from dimension `first` on.
-
-    An RMSNorm hears no difference between a stream and a multiple of it, so each is brought to the size of the loudest,
-    of which it has `scales` now: else what leaks from that one into the others' texts would drown theirs.
-    """
-    matrices, slices, start = [], [], first
-    for basis, scale, n in zip(bases, scales, width.allot(bases, total - first, balance, even), strict=True):
-        matrix = torch.zeros(len(basis.directions), total, dtype=dtype)
-        matrix[:, start : start + n] = (basis.encoder(n) / scale).cpu()
-        matrices.append(matrix)
-        slices.append(slice(start, start + n))
-        start += n
-    return matrices, slices
 
 
 def members(groups: Tensor, size: int) -> Tensor:
