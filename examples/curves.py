@@ -82,6 +82,8 @@ def draw(rows: Path) -> None:
         mine = [r for r in found if r["kind"] == "tokens" and r["method"] == method]
         right.plot([r["unique"] for r in mine], [max(r[stage].values()) for r in mine], "o-", label=label)
     right.set(xlabel="different tokens of each skill", xscale="log", title="worst skill, 100 k tokens of healing")
+    right.set_xticks(TOKENS, [f"{n // 1024} k" for n in TOKENS])
+    right.minorticks_off()
     for axes in (left, right):
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.legend(frameon=False)
