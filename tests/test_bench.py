@@ -305,7 +305,7 @@ class Told:
 
 
 WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
-WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport"]
+WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport", "anchor_distill_more"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
@@ -315,11 +315,13 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     assert sorted(r.method for r in rows) == sorted(WANTED)
     assert all(r.status == "ok" or r.reason for r in rows)
     fold, healed, expert = (next(r for r in rows if r.method == m) for m in ("fold", "fold_heal", "expert"))
-    assert fold.flops is None
     assert expert.flops == 6 * expert.parameters * expert.tokens
     read = {t: 3 * len(SMALL.split(t, 0, 0.8).train) for t in healed.scores}
     teachers = [2 * healed.expert_parameters[p.name] * read[p.task] for p in (PLUS, MINUS)]
-    assert healed.flops == 6 * healed.parameters * healed.tokens + sum(teachers)
+    assert healed.flops == fold.flops + 6 * healed.parameters * healed.tokens + sum(teachers)
+    [more] = [r for r in rows if r.method == "anchor_distill_more"]
+    assert more.flops == pytest.approx(healed.flops, rel=0.2)  # whole steps, another shape
+    assert more.steps > healed.steps
     assert next(r for r in rows if r.method == "fuse_distill").scores.keys() == fold.scores.keys()
     [transport] = [r for r in rows if r.method == "task_vector_transport"]
     assert "needs the donor's base model" in transport.reason

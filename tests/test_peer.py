@@ -49,6 +49,13 @@ def test_our_linear_is_mergekits(pair, tmp_path):
 
 
 @needs_mergekit
+def test_a_path_with_an_at_sign_is_a_path(pair, tmp_path):
+    stopped = pair[1].rename(tmp_path / "b@1000")
+    made = peer.merge("mergekit_linear", [pair[0], stopped], tmp_path / "out", weights=(0.0, 1.0))
+    torch.testing.assert_close(tensors(made), tensors(stopped))
+
+
+@needs_mergekit
 def test_task_arithmetic_and_slerp_are_what_their_papers_say(pair, save_model, tmp_path):
     base = save_model(tmp_path / "base", seed=3)
     zero, a, b = (tensors(path) for path in (base, *pair))

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
 from polymerge.bench.distil import Distilled, Lesson, distil
+from polymerge.bench.flops import Products
 from polymerge.bench.fuse import fused
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
@@ -133,16 +134,18 @@ class ModularBed:
 
     def fold(self) -> Outcome:
         """Closed form only."""
-        folded, cost = self._folded()
-        return self._outcome(folded.target, folded.weights, reused=cost, extra={
+        (folded, flops), cost = self._folded()
+        return self._outcome(folded.target, folded.weights, reused=cost, flops=flops, extra={
             "knobs": vars(folded.knobs), "balance": folded.balance, "divergence": folded.divergence,
             "trials": folded.trials,
         })  # fmt: skip
 
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
-        folded, cost = self._folded()
-        return self._distilled(folded.target, folded.weights, cost)
+        (folded, flops), cost = self._folded()
+        outcome = self._distilled(folded.target, folded.weights, cost)
+        outcome.flops = (outcome.flops or 0) + flops
+        return outcome
 
     # ------------------------------------------------------------------ controls
 
@@ -158,6 +161,13 @@ class ModularBed:
         """The anchor in the fold's shape, or in one that holds it."""
         return self._distilled_anchor(self.lessons())
 
+    def anchor_distill_more(self) -> Outcome:
+        """The fold's operations spent on steps."""
+        (folded, spent), _ = self._folded()
+        settings = self.settings.distil
+        once = self._training(plan.parameters(self.family, folded.target), settings.steps)
+        return self._distilled_anchor(self.lessons(), steps=settings.steps + round(settings.steps * spent / once))
+
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
         lessons = {}
@@ -169,35 +179,32 @@ class ModularBed:
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
-        folded, _ = self._folded()
+        (folded, _), _ = self._folded()
         return self._distilled(folded.target, initial(folded.target, torch.Generator().manual_seed(self.seed)))
 
     def shrink(self) -> Outcome:
         """One expert, folded into the shape that the fold of all took."""
-        folded, _ = self._folded()
-        texts = self.texts([0], self.good)
-        alone = tokens.fold_tokens(self.experts[:1], self.family, [folded.target], texts, self.settings.fold, self.seed)
-        return self._outcome(alone.target, alone.weights)
+        (folded, _), _ = self._folded()
+        return self._plain_fold(self.experts[:1], self.texts([0], self.good), folded.target)
 
     def placebo(self) -> Outcome:
         """All but the anchor shuffled."""
-        folded, _ = self._folded()
+        (folded, _), _ = self._folded()
         experts = []
         for k in self.part:
             folder = self._scratch / f"shuffled-{k}"
             path = modular.shuffled(self.experts[k].path, folder, self.seed + k) if k else self.experts[k].path
             experts.append(modular.opened(path, self.device))
-        texts = self.texts(self.part, self.good)
-        fake = tokens.fold_tokens(experts, self.family, [folded.target], texts, self.settings.fold, self.seed)
-        return self._outcome(fake.target, fake.weights)
+        return self._plain_fold(experts, self.texts(self.part, self.good), folded.target)
 
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows; every expert speaks for the task that it was trained on."""
-        folded, _ = self._folded()
+        (folded, _), _ = self._folded()
         everyone = range(len(self.experts))
         make = table.merged_by(method, self.experts, 0, self.texts(everyone, self.meant), self.seed)
-        target, weights, note = fitting(make, folded.target, [e.spec for e in self.experts], self.family)
-        outcome = self._outcome(target, weights)
+        with Products() as products:
+            target, weights, note = fitting(make, folded.target, [e.spec for e in self.experts], self.family)
+        outcome = self._outcome(target, weights, flops=products.flops)
         outcome.notes = note
         return outcome
 
@@ -209,10 +216,28 @@ class ModularBed:
 
     # ------------------------------------------------------------------ parts
 
-    def _fold(self) -> tokens.FoldedTokens:
+    def _fold(self) -> tuple[tokens.FoldedTokens, int]:
+        """(the fold, its operations)."""
         self.progress("fold")
-        experts, texts = [self.experts[k] for k in self.part], self.texts(self.part, self.good)
-        return tokens.fold_tokens(experts, self.family, self.shapes(), texts, self.settings.fold, self.seed)
+        return self._counted([self.experts[k] for k in self.part], self.texts(self.part, self.good), self.shapes())
+
+    def _counted(
+        self, experts: Sequence[Source], texts: Calibration, shapes: Sequence[Spec]
+    ) -> tuple[tokens.FoldedTokens, int]:
+        with Products() as products:
+            done = tokens.fold_tokens(experts, self.family, shapes, texts, self.settings.fold, self.seed)
+        return done, products.flops
+
+    def _plain_fold(self, experts: Sequence[Source], texts: Calibration, target: Spec) -> Outcome:
+        """A fold of other experts in the shape that the fold took."""
+        done, flops = self._counted(experts, texts, [target])
+        return self._outcome(done.target, done.weights, flops=flops)
+
+    def _training(self, parameters: int, steps: int) -> int:
+        """Operations of a distillation at every learning rate."""
+        settings = self.settings.distil
+        taught = [(self.experts[self.owner[t]].parameters, 3 * len(s.train)) for t, s in self.splits.items()]
+        return training_flops(parameters, steps * settings.batch * 3, runs=len(settings.lrs), teachers=taught)
 
     def _single(self, k: int) -> Outcome:
         source = self.experts[k]
@@ -224,15 +249,15 @@ class ModularBed:
         scores = tokens.mixture_accuracy(self.experts, tests, weights)
         return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
 
-    def _distilled_anchor(self, lessons: Mapping[str, Lesson]) -> Outcome:
+    def _distilled_anchor(self, lessons: Mapping[str, Lesson], steps: int | None = None) -> Outcome:
         """The padded anchor, distilled."""
-        folded, _ = self._folded()
+        (folded, _), _ = self._folded()
 
         def padded(target: Spec) -> Weights:
             return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
 
         target, weights, note = fitting(padded, folded.target, [self.experts[0].spec], self.family)
-        outcome = self._distilled(target, weights, lessons=lessons)
+        outcome = self._distilled(target, weights, lessons=lessons, steps=steps)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
@@ -242,9 +267,11 @@ class ModularBed:
         weights: Weights,
         reused: tuple[float, float] = (0.0, 0.0),
         lessons: Mapping[str, Lesson] | None = None,
+        steps: int | None = None,
     ) -> Outcome:
         """Distil from the owners and measure; the controls are given the fold's shape for nothing."""
         settings = self.settings.distil
+        settings = replace(settings, steps=steps or settings.steps)
         self.progress(f"distil, {settings.steps} steps at {len(settings.lrs)} learning rates")
         done: Distilled = distil(
             target, weights, lessons or self.lessons(), self.validation, settings, self.seed, device=self.device
@@ -254,10 +281,7 @@ class ModularBed:
             "step_val_acc_99": done.first_99,
         })  # fmt: skip
         outcome.steps, outcome.tokens = settings.steps, settings.steps * settings.batch * 3
-        taught = [(self.experts[self.owner[t]].parameters, 3 * len(s.train)) for t, s in self.splits.items()]
-        outcome.flops = training_flops(
-            plan.parameters(self.family, target), outcome.tokens, runs=len(settings.lrs), teachers=taught
-        )
+        outcome.flops = self._training(plan.parameters(self.family, target), settings.steps)
         outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
         return outcome
 
@@ -267,6 +291,7 @@ class ModularBed:
         weights: Mapping[int | None, Mapping[str, Tensor]],
         *,
         reused: tuple[float, float] = (0.0, 0.0),
+        flops: int | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Outcome:
         """Write the model as a Hugging Face folder and measure what transformers makes of it."""
@@ -278,7 +303,8 @@ class ModularBed:
             held = tokens.accuracy(folder, self.validation, self.device)
         more = {"validation": held, "step_val_acc_99": 0 if min(held.values()) > 0.99 else None}  # noqa: PLR2004
         parameters = plan.parameters(self.family, target)
-        return Outcome(scores, parameters, table.size_of(target), reused=reused, extra=more | dict(extra or {}))
+        size, extra = table.size_of(target), more | dict(extra or {})
+        return Outcome(scores, parameters, size, flops=flops, reused=reused, extra=extra)
 
 
 def _answers(expert: Source, rows: Tensor, device: str) -> Tensor:

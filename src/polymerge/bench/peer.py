@@ -50,7 +50,7 @@ def command() -> str:
 
 def config(name: str, experts: Sequence[Path], base: Path | None = None, weights: Sequence[float] = ()) -> Any:
     """What mergekit reads. Raises PreflightError where the method does not fit the experts."""
-    models: list[dict[str, Any]] = [{"model": str(path.resolve())} for path in experts]
+    models: list[dict[str, Any]] = [{"model": str(path.absolute())} for path in experts]
     equal = 1 / len(experts) if name == "mergekit_linear" else 1.0
     shares = list(weights) or [equal] * len(experts)
     if name == "mergekit_slerp":
@@ -65,7 +65,7 @@ def config(name: str, experts: Sequence[Path], base: Path | None = None, weights
         raise PreflightError("it adds differences to a common base model, and these experts have none")
     kept = {} if name == "mergekit_task_arithmetic" else {"density": 0.5}
     weighted = [m | {"parameters": {"weight": w, **kept}} for m, w in zip(models, shares, strict=True)]
-    method = {"merge_method": TASK_VECTORS[name], "base_model": str(base.resolve())}
+    method = {"merge_method": TASK_VECTORS[name], "base_model": str(base.absolute())}
     return {"models": weighted, "dtype": "float32", **method}
 
 
@@ -82,9 +82,14 @@ def merge(
 
     Raises PreflightError, with mergekit's own last line, where it cannot.
     """
-    asked = config(name, experts, base, weights)
+    # By links: mergekit takes what follows an @ in a path for a revision.
+    paths = [*experts, base] if base else list(experts)
+    links = [out / f"expert-{k}" for k in range(len(paths))]
+    asked = config(name, links[: len(experts)], links[-1] if base else None, weights)
     program = command()
     out.mkdir(parents=True)
+    for link, path in zip(links, paths, strict=True):
+        link.symlink_to(path.resolve(), target_is_directory=True)
     recipe = out / "mergekit.yaml"
     recipe.write_text(yaml.safe_dump(asked), encoding="utf-8")
     words = [program, str(recipe), str(out / "model"), "--no-copy-tokenizer", "--no-write-model-card"]
