@@ -2,8 +2,8 @@
 
 For a writer Y = X W, removing the inputs g and re-solving for the rest raises the squared error by
 tr(W_g M W_gᵀ (H⁻¹_gg)⁻¹), H = XᵀX + λ (Hassibi & Stork 1993, groups: Frantar et al. 2022).
-M weighs the output directions: with the
-Fisher matrix of the boundary, the cost is in nats of KL, so that heads and neurons of different experts compare.
+M weighs the output directions: with the Fisher matrix of the boundary, the cost is in nats of KL, so that heads and
+neurons of different experts compare.
 """
 
 from collections.abc import Sequence

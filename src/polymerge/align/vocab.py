@@ -144,8 +144,9 @@ def vocab_map(
 
     anchor, donor: fast tokenizers or their ByteViews. `omp` needs the anchor's own embeddings (tokens or
     more, dim); a token is a combination of at most `atoms` of the first `dictionary` shared tokens (low ids
-    are the common ones); `pursue` says what that costs. Raises
-    PreflightError for a tokenizer without exact bytes, ValueError where `omp` lacks embeddings.
+    are the common ones); `pursue` says what that costs.
+
+    Raises PreflightError for a tokenizer without exact bytes, ValueError where `omp` lacks embeddings.
     """
     a, d = as_view(anchor), as_view(donor)
     ids, targets = shared(a, d)

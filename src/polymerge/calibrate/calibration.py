@@ -25,8 +25,8 @@ class Calibration:
 
     `fit` marks the rows that regressions see; the others are held out, to choose knobs and to report. `owned` is
     ownership o_k(x, t) in [0, 1]; `scored` (time,) marks the positions whose prediction counts;
-    `bytes_per_token` turns nats
-    per token of a skill into bits per byte. `foreign`: for experts with another tokenizer, how they read the rows.
+    `bytes_per_token` turns nats per token of a skill into bits per byte. `foreign`: for experts with another tokenizer,
+    how they read the rows.
     """
 
     tokens: Int[Tensor, "row time"]

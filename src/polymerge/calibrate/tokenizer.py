@@ -10,8 +10,7 @@ def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a folder. Raises CheckpointError when there is none that transformers can load.
 
     `tokenizer.json` is read as it is: for some model types AutoTokenizer puts a pre-tokenizer and a normalizer
-    of its own
-    in place of the file's (transformers 5: qwen2), which cuts the same text into other tokens.
+    of its own in place of the file's (transformers 5: qwen2), which cuts the same text into other tokens.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -1,8 +1,7 @@
 """The fold's engine: one target, layer by layer, in closed form and closed loop (see `fold.py` for the method).
 
 States live on the CPU, whole: the target's (row, time, width) and every expert's (row, time, resid). Batches
-of rows go to
-the device; one layer of each model is there at a time.
+of rows go to the device; one layer of each model is there at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -5,9 +5,8 @@ block reads, and only one block is in memory. The head is refined by KL to the o
 block and the head together, since KL can be read off them without another block.
 
 A block is never left worse than its closed form by that loss on rows held out (KL may still grow):
-Adam's first steps move every weight by the rate,
-whatever the gradient, so a rate that gains much where a block was cut down ruins one that was solved exactly. Such
-a descent is taken back and tried again at a fifth of the rate.
+Adam's first steps move every weight by the rate, whatever the gradient, so a rate that gains much where a block was cut
+down ruins one that was solved exactly. Such a descent is taken back and tried again at a fifth of the rate.
 """
 
 from collections.abc import Callable, Iterable, Sequence
