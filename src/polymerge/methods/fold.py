@@ -1,7 +1,8 @@
 """Fold: several experts of any architecture into one plain decoder, in closed form, layer by layer, closed loop.
 
-Every expert k gets its own slice of the target's residual stream (P_k encodes into it). The target folded so far runs on the calibration texts, and each linear map is a weighted ridge regression from the
-target's *own* activations, so that every error is seen and corrected by the next map:
+Every expert k gets its own slice of the target's residual stream (P_k encodes into it). The target folded so far runs
+on the calibration texts, and each linear map is a weighted ridge regression from the target's *own* activations, so
+that every error is seen and corrected by the next map:
 
 - q, k, v, up: onto the expert's own values where it owns the position;
 - gate: onto the expert's own values where owned, onto −M elsewhere: the SwiGLU gate is the router;
