@@ -1,11 +1,14 @@
 """Laws of the fold, on tiny random experts of every family."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from polymerge import families, plan, recipe
+from polymerge.bench import modular
+from polymerge.bench.tasks import Arithmetic
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.methods import _refine
@@ -231,7 +234,8 @@ def test_the_same_seed_gives_the_same_bytes(save_model, tmp_path):
             assert torch.equal(once[layer][role], again[layer][role])
 
 
-def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
+def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "TRIAL_ROWS", 4)
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
     data = texts(2, rows=12)
     family, shapes = shape(pair, width=24, heads=3, mlp=24)
@@ -241,6 +245,27 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
     assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
     assert {t["off_gate"] for t in trials} == {0.0, 2.0}
     assert {t["ridge"] for t in trials} == {1e-3}
+    assert choice.balance == _refine.balanced(trials[-1]["excess"])
+    assert trials[-1]["rows"] > trials[-2]["rows"]
+
+
+def test_the_search_walks_down_one_valley_and_keeps_what_gains_more_than_noise():
+    losses = {10: 9.0, 20: 4.0, 30: 3.0, 40: 2.0, 50: 2.5}
+    gains = {"ridge": {1e-3: 0.995}, "mute": {0.1: 0.9}, "even": {0.5: 0.1}, "off_gate": {2.0: 1.2}}
+    asked = []
+
+    def tried(target, knobs):
+        asked.append(target.width)
+        times = math.prod(values.get(getattr(knobs, name), 1.0) for name, values in gains.items())
+        return [times * losses[target.width], 0.0]
+
+    grids = {name: tuple(values) for name, values in gains.items()}
+    one = modular.spec_of(modular.expert("x_plus_y", "base"), Arithmetic())
+    shapes = [replace(one, width=width) for width in losses]
+    target, knobs, best = folding.search(shapes, Knobs(), grids, tried, lambda *_: [])
+    assert (target.width, asked[:3]) == (40, [30, 40, 50])
+    assert knobs == replace(Knobs(), mute=0.1)  # ridge is within the noise, "even" deals out the same, the gate loses
+    assert best == [pytest.approx(1.8), 0.0]
 
 
 @pytest.mark.parametrize(

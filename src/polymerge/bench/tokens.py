@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymerge.align.width import Basis, residual_basis
+from polymerge.align.width import Basis, allot, residual_basis
 from polymerge.bench.train import Weights
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.methods import _judge
+from polymerge.methods import fold as folding
 from polymerge.methods._layers import Knobs, LayerFold
 from polymerge.methods._refine import Refine
 from polymerge.methods._union_modeling import BayesGate
-from polymerge.methods.fold import BETTER, GRIDS
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
@@ -113,34 +113,26 @@ def fold_tokens(
 
     target, knobs, balance = shapes[len(shapes) // 2], Knobs(), (1.0,) * len(experts)
     if len(experts) > 1:
-        target, knobs, balance = chosen(shapes, tried, len(experts))
+        target, knobs, balance = chosen(shapes, tried, bases)
     result = _once(experts, family, target, texts, bases, knobs, balance, settings.refine, settings.batch, seed)
     result.trials = trials
     return result
 
 
-def chosen(shapes: Sequence[Spec], tried: Tried, experts: int) -> tuple[Spec, Knobs, tuple[float, ...]]:
-    """Down the valley of width from the middle, each knob's other values, then balance: as `fold.choose` does."""
-    knobs, balance, at = Knobs(), (1.0,) * experts, len(shapes) // 2
-    best = tried(shapes[at], knobs, balance)
-    for step in (1, -1):
-        start = at
-        while 0 <= at + step < len(shapes) and max(found := tried(shapes[at + step], knobs, balance)) < max(best):
-            best, at = found, at + step
-        if at != start:
-            break
-    for name, values in GRIDS.items():
-        for value in values:
-            other = replace(knobs, **{name: value})
-            if max(found := tried(shapes[at], other, balance)) < BETTER * max(best):
-                best, knobs = found, other
+def chosen(shapes: Sequence[Spec], tried: Tried, bases: Sequence[Basis]) -> tuple[Spec, Knobs, tuple[float, ...]]:
+    """Shape and knobs as `fold.choose` finds them, then balance."""
+    balance = (1.0,) * len(bases)
+    target, knobs, best = folding.search(
+        shapes, Knobs(), folding.GRIDS, lambda spec, knobs: tried(spec, knobs, balance),
+        lambda spec, knobs: allot(bases, spec.width, even=knobs.even),
+    )  # fmt: skip
     for _ in range(TILTS):
         worst = best.index(max(best))
         tilted = tuple(b * (TILT if k == worst else 1.0) for k, b in enumerate(balance))
-        if max(found := tried(shapes[at], knobs, tilted)) >= BETTER * max(best):
+        if max(found := tried(target, knobs, tilted)) >= folding.BETTER * max(best):
             break
         best, balance = found, tilted
-    return shapes[at], knobs, balance
+    return target, knobs, balance
 
 
 def _once(
