@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from polymerge import bench
-from polymerge.bench import board, machine, methods, modular, train
+from polymerge.bench import board, machine, methods, modular, runner, train
 from polymerge.bench.distil import Distil, Lesson, distil
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
@@ -345,14 +345,19 @@ def test_a_lost_row_alone_is_run_again(tiny):
     assert store.path.read_bytes().count(b"\n") == 2
 
 
-def test_a_case_that_another_process_is_at_is_waited_for(tiny):
+def test_a_case_that_another_process_is_at_is_helped_with(tiny):
+    with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0)):
+        rows = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
+    assert {r.method for r in rows} == {"union", "anchor"}
+
+
+def test_a_method_that_another_process_is_at_is_waited_for(tiny):
     def other():
-        with held(claim):
+        with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "anchor")):
             time.sleep(1)
             Store(tiny).append(row(case="cross/plus+minus", method="anchor", scores={"x_plus_y": 0.5}))
 
     bench.run("modular", "quick", tiny, ["union"], device="cpu")
-    [claim] = (tiny / ".claims").iterdir()
     thread = threading.Thread(target=other)
     thread.start()
     time.sleep(0.3)

@@ -244,7 +244,10 @@ def bench(
         "out/bench"
     ),
     device: OnDevice = Device.auto,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the cases.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the work; default one for each core, at most four; 1 on a GPU."),
+    ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(help="Folder of texts for the experts of text; default what POLYMERGE_TEXTS names."),
@@ -265,7 +268,7 @@ def bench(
             device.value,
             listener,
             cases=cases.split(",") if cases else None,
-            workers=workers,
+            workers=workers or package.workers(device.value),
             texts=texts,
         )
     for line in [] if cases else package.left_out(suite, profile, texts):

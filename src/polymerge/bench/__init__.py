@@ -6,6 +6,6 @@ bench.report("out/bench")
 """
 
 from polymerge.bench.rows import Row, Store
-from polymerge.bench.runner import PROFILES, SUITES, left_out, report, run
+from polymerge.bench.runner import PROFILES, SUITES, left_out, report, run, workers
 
-__all__ = ["PROFILES", "SUITES", "Row", "Store", "left_out", "report", "run"]
+__all__ = ["PROFILES", "SUITES", "Row", "Store", "left_out", "report", "run", "workers"]

@@ -18,13 +18,14 @@ from polymerge.bench import methods as table
 from polymerge.bench.locks import held
 from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
-from polymerge.bench.rows import Row, Store, gather, summarise
+from polymerge.bench.rows import Key, Row, Store, gather, summarise
 from polymerge.clock import Clock
 from polymerge.errors import OutputError, PolymergeError, PreflightError
 from polymerge.progress import Progress, Quiet
 
 SUITES = ("modular", "text")
 PROFILES = ("quick", "medium", "full")
+MOST_WORKERS = 4
 Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
 """(case, seed, device, scratch folder, listener) -> bed."""
 
@@ -54,8 +55,8 @@ def run(
         device: "auto", "cpu" or "cuda".
         progress: told about every cell.
         cases: names to run; default all of the profile.
-        workers: processes that share the cases. The same command on another machine or GPU shares them as well, if
-            it sees the same folder.
+        workers: processes that share the cases, and the methods of the last ones. The same command on another machine
+            or GPU shares them as well, if it sees the same folder.
         texts: folder of the texts that experts of the full text suite are trained on; default what POLYMERGE_TEXTS
             names. Cases that lack them are left out (`left_out` says which).
         parent: of a helping process, which ends when that one has.
@@ -98,6 +99,13 @@ def run(
         if parent is None and store.keys():
             report(out)
     return store.read()
+
+
+def workers(device: str) -> int:
+    """How many processes suit a machine: they take about a gigabyte each, and one is enough for a GPU."""
+    from polymerge.merge import pick_device
+
+    return min(MOST_WORKERS, os.cpu_count() or 1) if pick_device(device) == "cpu" else 1
 
 
 def report(
@@ -165,6 +173,11 @@ def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case
     return text.cases(profile), bed, lambda case: text.lacking(case, folder)
 
 
+def claim(out: Path, suite: str, profile: str, case: str, seed: int, method: str = "") -> Path:
+    """The lock of a case and seed, or of one method on them."""
+    return out / ".claims" / hashlib.sha256(f"{suite} {profile} {case} {seed} {method}".encode()).hexdigest()[:16]
+
+
 class Cells:
     """The cells of one suite in one folder."""
 
@@ -186,17 +199,23 @@ class Cells:
         self.groups: list[tuple[Case, int]] = []
         self.missing = 0
         self.failures: list[tuple[str, Exception]] = []
+        self.failed: set[Key] = set()
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
     def run(self, cases: Sequence[Case], make: Make) -> None:
-        """Every cell without a row, case by case: experts are loaded once. What others have taken comes last."""
+        """Every cell without a row, case by case: experts are loaded and folded once. Then what others are still at."""
         self.groups = groups = [(case, seed) for seed in range(self.seeds) for case in cases]
         self.missing = self._missing()
         self.progress.stage(self.suite, self.missing)
         with threads.fitting(0):  # small models: more threads only wait, more workers don't
-            taken = [group for group in groups if not self._claimed(*group, make, wait=False)]
-            for group in taken:
-                self._claimed(*group, make, wait=True)
+            for case, seed in groups:
+                with held(self._claim(case, seed), wait=False) as mine:
+                    if mine:
+                        self._work(case, seed, make)
+            for case, seed in groups:  # helping from the other end
+                self._work(case, seed, make, backwards=True)
+            for case, seed in groups:  # what a process that died had begun
+                self._work(case, seed, make, wait=True)
         if self.failures:
             where, error = self.failures[0]
             raise PolymergeError(
@@ -204,19 +223,21 @@ class Cells:
                 f" the first: {where}: {type(error).__name__}: {error}"
             ) from error
 
-    def _claimed(self, case: Case, seed: int, make: Make, *, wait: bool) -> bool:
-        """Run what is left of a case, unless another process is at it."""
+    def _claim(self, case: Case, seed: int, method: str = "") -> Path:
+        return claim(self.out, self.suite, self.profile, case.name, seed, method)
+
+    def _work(self, case: Case, seed: int, make: Make, *, backwards: bool = False, wait: bool = False) -> None:
+        """Every method of a case that has no row and nobody else at it."""
         if self.parent is not None and os.getppid() != self.parent:
             raise SystemExit
-        if not self._left(case, seed):
-            return True
-        name = hashlib.sha256(f"{self.suite} {self.profile} {case.name} {seed}".encode()).hexdigest()[:16]
-        with held(self.out / ".claims" / name, wait=wait) as mine:
-            left = self._left(case, seed) if mine else []
-            if left:
-                with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
-                    self._case(case, seed, left, make, Path(scratch))
-        return mine
+        left = self._left(case, seed)
+        with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
+            bed: Bed | PreflightError | None = None
+            for method in reversed(left) if backwards else left:
+                with held(self._claim(case, seed, method), wait=wait) as mine:
+                    if mine and method in self._left(case, seed):
+                        bed = bed or self._bed(case, seed, make, Path(scratch))
+                        self._cell(case, seed, method, bed)
 
     def _missing(self) -> int:
         """Cells without a row."""
@@ -233,45 +254,51 @@ class Cells:
         self.progress.advance(note, before - self.missing)
 
     def _left(self, case: Case, seed: int) -> list[str]:
-        """Methods of a case that have no row yet."""
-        done = self.store.keys()
+        """Methods of a case that have no row yet, and did not fail here."""
+        done = self.store.keys() | self.failed
         return [m for m in self._methods(case) if (self.suite, self.profile, case.name, seed, m) not in done]
 
     def _methods(self, case: Case) -> list[str]:
         """What makes sense for a case: a baseline has its one expert, other cases everything else."""
         return [m for m in self.wanted if (m in case.methods if case.methods else m != "expert")]
 
-    def _case(self, case: Case, seed: int, left: Sequence[str], make: Make, scratch: Path) -> None:
+    def _bed(self, case: Case, seed: int, make: Make, scratch: Path) -> Bed | PreflightError:
+        """The case's experts, or why there are none."""
+
         def tell(note: str) -> None:
             self.progress.advance(f"{case.name} {note}", 0)
 
         try:
-            bed = make(case, seed, self.device, scratch, tell)
+            return make(case, seed, self.device, scratch, tell)
         except PreflightError as error:
-            for method in left:
-                self.store.append(self._row(case, seed, method, status="cannot", reason=without_folders(str(error))))
-                self._finished(case.name)
+            return error
+
+    def _cell(self, case: Case, seed: int, method: str, bed: Bed | PreflightError) -> None:
+        """One method's row; one that fails by a bug has none, and does not cost the others theirs."""
+        if isinstance(bed, PreflightError):
+            self.store.append(self._row(case, seed, method, status="cannot", reason=without_folders(str(bed))))
+            self._finished(case.name)
             return
         facts = {
             "metric": bed.metric, "owners": bed.owners, "anchor": bed.anchor_scores, "budget": bed.budget,
             "expert_parameters": bed.expert_parameters, "setting": bed.setting,
         }  # fmt: skip
-        for method in left:
-            tell(method)
-            clock = Clock()
-            reset_peak(self.device)
-            try:
-                with clock("run"):
-                    outcome = table.run(bed, method)
-            except PreflightError as error:
-                row = self._row(case, seed, method, status="cannot", reason=without_folders(str(error)), **facts)
-            except Exception as error:  # noqa: BLE001  one method's bug must not cost the other rows
-                self.failures.append((f"{case.name} seed {seed} {method}", error))
-                continue
-            else:
-                row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))
-            self.store.append(row)
-            self._finished(f"{case.name} {method}")
+        self.progress.advance(f"{case.name} {method}", 0)
+        clock = Clock()
+        reset_peak(self.device)
+        try:
+            with clock("run"):
+                outcome = table.run(bed, method)
+        except PreflightError as error:
+            row = self._row(case, seed, method, status="cannot", reason=without_folders(str(error)), **facts)
+        except Exception as error:  # noqa: BLE001  one method's bug must not cost the other rows
+            self.failures.append((f"{case.name} seed {seed} {method}", error))
+            self.failed.add((self.suite, self.profile, case.name, seed, method))
+            return
+        else:
+            row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))
+        self.store.append(row)
+        self._finished(f"{case.name} {method}")
 
     def _figures(self, bed: Bed, outcome: Outcome, clock: Clock) -> dict[str, Any]:
         return {
