@@ -245,7 +245,7 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, mon
     assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
     assert {t["off_gate"] for t in trials} == {0.0, 2.0}
     assert {t["ridge"] for t in trials} == {1e-3}
-    assert choice.balance == _refine.balanced(trials[-1]["excess"])
+    assert choice.balance == _refine.balanced(trials[-1]["excess"], folding.MOST)
     assert trials[-1]["rows"] > trials[-2]["rows"]
 
 
@@ -314,3 +314,4 @@ def test_lagging_skills_count_more_up_to_a_limit():
     assert _refine.balanced([0.1, 0.2, 10.0, -1.0])[2:] == (_refine.TILT, 1.0)
     assert _refine.balanced([0.1, 0.2]) == (1.0, pytest.approx(4.0))
     assert _refine.balanced([0.0, 0.0]) == (1.0, 1.0)
+    assert _refine.balanced([0.1, 10.0], most=4.0) == (1.0, 4.0)

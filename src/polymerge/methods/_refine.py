@@ -91,10 +91,10 @@ def ending(
     return found, found.pop("head.weight")
 
 
-def balanced(lag: Sequence[float]) -> tuple[float, ...]:
-    """Weights by which lagging skills count more: the square of their excess over the least, at most `TILT`."""
+def balanced(lag: Sequence[float], most: float = TILT) -> tuple[float, ...]:
+    """Weights by which lagging skills count more: the square of their excess over the least, at most `most`."""
     least = max(min(lag), 1e-3)
-    return tuple(min(TILT, max(1.0, max(e, 0.0) ** 2 / least**2)) for e in lag)
+    return tuple(min(most, max(1.0, max(e, 0.0) ** 2 / least**2)) for e in lag)
 
 
 def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int) -> dict[str, Tensor]:
