@@ -1,6 +1,7 @@
 """Shared fixtures. Under pytest beartype checks the types and tensor shapes of every polymerge function."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,12 @@ def assets() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("POLYMERGE_ASSETS names no folder with the shared texts and models")
     return Path(folder)
+
+
+@pytest.fixture
+def remote_code_cache(tmp_path, monkeypatch):
+    """A cache of its own for code that checkpoints bring, and nothing of other caches still imported."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)

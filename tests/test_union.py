@@ -21,8 +21,12 @@ from transformers import (
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods._union_modeling import CACHE, BayesGate, UnionCache, UnionConfig, UnionForCausalLM
+from polymerge.methods._union_donors import CACHE
+from polymerge.methods._union_gate import BayesGate
+from polymerge.methods._union_modeling import UnionCache, UnionConfig, UnionForCausalLM
 from polymerge.methods.union import MODELING_FILE, build_union, stored_names, union_config
+
+pytestmark = pytest.mark.usefixtures("remote_code_cache")
 
 V = 40
 LLAMA = {
@@ -476,11 +480,6 @@ def built(folder, out, families, **settings):
     with CheckpointWriter(out) as writer:
         build_union(experts, writer, union_config(experts, dtype=dtype, **settings), dtype)
     return out
-
-
-@pytest.fixture(autouse=True)
-def _remote_code_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def test_built_checkpoint_holds_every_family_exactly(tmp_path):

@@ -17,7 +17,8 @@ from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import TextError
 from polymerge.methods._union_bytes import bits_per_byte_union, score_union
-from polymerge.methods._union_modeling import FLOOR, Reader, UnionConfig, UnionForCausalLM
+from polymerge.methods._union_donors import FLOOR, Reader
+from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
 from polymerge.methods.union import build_union, tables, union_config
 
 # ------------------------------------------------------------ the exact reference
@@ -273,8 +274,8 @@ def test_sleep_is_refused():
         )
 
 
-def test_a_checkpoint_keeps_its_tokenizers(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("remote_code_cache")
+def test_a_checkpoint_keeps_its_tokenizers(tmp_path):
     names = {"a": "merged", "b": "pieces"}
     for seed, (key, name) in enumerate(names.items()):
         expert(name, seed).save_pretrained(tmp_path / key)

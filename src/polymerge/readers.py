@@ -12,7 +12,7 @@ from polymerge.calibrate.calibration import Calibration, best_experts, gather
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill, adds_bos, pack
-from polymerge.methods._union_modeling import BayesGate
+from polymerge.methods._union_gate import BayesGate
 from polymerge.model.source import Source
 from polymerge.progress import Progress
 from polymerge.recipe import Recipe

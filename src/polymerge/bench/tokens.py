@@ -22,7 +22,7 @@ from polymerge.methods import _judge
 from polymerge.methods import fold as folding
 from polymerge.methods._layers import Knobs, LayerFold
 from polymerge.methods._refine import Refine
-from polymerge.methods._union_modeling import BayesGate
+from polymerge.methods._union_gate import BayesGate
 from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config

@@ -8,7 +8,7 @@ expert gave to the chunk's bytes (of its own tokens for them, a lower bound of t
 
 With alpha = 0 that is Σ_k p_k(document)/K: per document at most ln K nats more than the best expert. It is
 what mixing costs when nothing is lost at boundaries. The union *model* must predict the anchor's tokens one by
-one; what it loses against this figure is the boundary cost (see `_union_modeling.Projection`).
+one; what it loses against this figure is the boundary cost (see `_union_donors.Projection`).
 """
 
 import math
@@ -24,7 +24,7 @@ from polymerge.align.spans import encode
 from polymerge.align.token_bytes import ByteView, byte_view
 from polymerge.calibrate.packing import adds_bos
 from polymerge.errors import TextError
-from polymerge.methods._union_modeling import BayesGate
+from polymerge.methods._union_gate import BayesGate
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from polymerge.calibrate.packing import adds_bos
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods import _union_modeling
+from polymerge.methods import _union_donors, _union_gate, _union_modeling
 from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 MODELING_FILE = "modeling_union.py"
+CODE = {MODELING_FILE: _union_modeling, "_union_donors.py": _union_donors, "_union_gate.py": _union_gate}
+"""What the checkpoint needs to be read without polymerge: file -> module."""
 
 
 def union_config(
@@ -130,7 +132,8 @@ def build_union(
         OutputError: the output cannot be written.
     """
     writer.text("config.json", json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    writer.text(MODELING_FILE, Path(_union_modeling.__file__).read_text(encoding="utf-8"))
+    for name, module in CODE.items():
+        writer.text(name, Path(str(module.__file__)).read_text(encoding="utf-8"))
     if tokenizers is not None:
         for i, table in enumerate(tables(tokenizers, anchor or next(iter(experts)))[0]):
             writer.add(f"tokenizer_{i}", torch.tensor(list(table), dtype=torch.uint8))
