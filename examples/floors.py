@@ -3,7 +3,7 @@
     python examples/floors.py [--seeds 1] [--methods fold+heal,anchor+distil] [--out examples/results/floors.jsonl]
 
 At the sum of both experts' parameters and at the larger expert's: worst skill before and after healing with 400 k
-tokens, by the teachers or by teachers and text. The controls are the anchor padded without loss to the same number of
+tokens (and an eighth of them), by the teachers or by teachers and text. The controls are the anchor padded without loss to the same number of
 parameters and distilled on the same tokens, or trained on the text itself with no teacher. Learning rates of all are
 chosen on validation text from the same grid with seed 0; other seeds keep them. One JSON line per run; all excesses are
 bits per byte over each skill's owner, on test text.
@@ -21,15 +21,16 @@ from polymerge import record, threads
 from polymerge.bench.machine import commit
 from polymerge.heal import Heal
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 TOKENS = 400_000
 METHODS = {
-    "fold+heal": ("fold", None),
-    "fold+heal+text": ("fold", 0.8),
-    "anchor+distil": ("anchor", None),
-    "anchor+text": ("anchor", 1.0),
+    "fold+heal": ("fold", None, TOKENS),
+    "fold+heal/8": ("fold", None, TOKENS // 8),
+    "fold+heal+text": ("fold", 0.8, TOKENS),
+    "anchor+distil": ("anchor", None, TOKENS),
+    "anchor+text": ("anchor", 1.0, TOKENS),
 }
-"""What healing starts from, and the share of the text's own next tokens (None: teachers alone)."""
+"""What healing starts from, the share of the text's own next tokens (None: teachers alone), and tokens."""
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def case(
-    size: str, seed: int, methods: dict[str, tuple[str, float | None]], chosen: dict[tuple[str, str], float]
+    size: str, seed: int, methods: dict[str, tuple[str, float | None, int]], chosen: dict[tuple[str, str], float]
 ) -> list[dict[str, Any]]:
     """Rows of one size: fold + heal, and the controls; rates that no seed has `chosen` yet are added to it."""
     with TemporaryDirectory() as scratch, threads.fitting(1):
@@ -61,10 +62,10 @@ def case(
         fold = pair.fold(sum(pair.sizes.values()) if size == "sum" else size)
         starts = {"fold": fold, "anchor": pair.anchor(fold.spec)}
         rows = []
-        for method, (start, text) in methods.items():
+        for method, (start, text, tokens) in methods.items():
             rates = [chosen[size, method]] if (size, method) in chosen else RATES
             tried = [
-                pair.healed(starts[start], Heal(tokens=TOKENS, lr=rate, text=text, evaluate_every=13)) for rate in rates
+                pair.healed(starts[start], Heal(tokens=tokens, lr=rate, text=text, evaluate_every=13)) for rate in rates
             ]
             best = min(tried, key=lambda row: row["validation_worst"])
             chosen[size, method] = best["lr"]
