@@ -3,10 +3,10 @@
     python examples/floors.py [--seeds 1] [--methods fold+heal,anchor+distil] [--out examples/results/floors.jsonl]
 
 At the sum of both experts' parameters and at the larger expert's: worst skill before and after healing with 400 k
-tokens (and an eighth of them), by the teachers or by teachers and text. The controls are the anchor padded without loss to the same number of
-parameters and distilled on the same tokens, or trained on the text itself with no teacher. Learning rates of all are
-chosen on validation text from the same grid with seed 0; other seeds keep them. One JSON line per run; all excesses are
-bits per byte over each skill's owner, on test text.
+tokens (and an eighth of them), by the teachers or by teachers and text. The controls are the anchor padded without
+loss to the same number of parameters and distilled on the same tokens, or trained on the text itself with no teacher.
+Learning rates of all are chosen on validation text from the same grid with seed 0; other seeds keep them. One JSON
+line per run; all excesses are bits per byte over each skill's owner, on test text.
 """
 
 import argparse
