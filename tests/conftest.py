@@ -96,6 +96,8 @@ def assets() -> Path:
 def remote_code_cache(tmp_path, monkeypatch):
     """A cache of its own for code that checkpoints bring, and nothing of other caches still imported."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds the cache to it
+    (tmp_path / "modules").mkdir()
+    # First: transformers only appends its cache, and another test's may be there already.
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)
