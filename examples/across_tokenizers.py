@@ -41,7 +41,8 @@ def main() -> None:
             "experts": {k: {"model": str(m), "text": str(texts / f"{k}.txt")} for k, m in models.items()},
         })  # fmt: skip
         result = merge(asked, Path(place) / "out")
-    print(json.dumps({"skills": result.skills, "parameters": result.parameters, "worst": result.worst_skill}, indent=1))
+    told = ("skills", "parameters", "shape", "worst_skill")
+    print(json.dumps({name: getattr(result, name) for name in told}, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from polymerge import record, threads
 from polymerge.bench.machine import commit
 from polymerge.heal import Heal
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 TOKENS = 400_000
 METHODS = {
     "fold+heal": ("fold", None, TOKENS),

@@ -349,6 +349,8 @@ def test_a_case_that_another_process_is_at_is_helped_with(tiny):
     with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0)):
         rows = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
     assert {r.method for r in rows} == {"union", "anchor"}
+    written = [json.loads(line)["method"] for line in Store(tiny).path.read_text().splitlines()]
+    assert written == ["anchor", "union"]  # the owner of the case begins at the other end
 
 
 def test_a_method_that_another_process_is_at_is_waited_for(tiny):

@@ -245,7 +245,7 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, mon
     assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
     assert {t["off_gate"] for t in trials} == {0.0, 2.0}
     assert {t["ridge"] for t in trials} == {1e-3}
-    assert choice.balance == _refine.balanced(trials[-1]["excess"], folding.MOST)
+    assert choice.balance == _refine.balanced(trials[-1]["excess"], folding.BALANCE_MOST)
     assert trials[-1]["rows"] > trials[-2]["rows"]
 
 

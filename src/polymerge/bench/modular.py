@@ -24,7 +24,6 @@ from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.bench.tokens import TokenFold
 from polymerge.bench.train import Trained, Training, train
 from polymerge.checkpoint.writer import CheckpointWriter
-from polymerge.methods._refine import Refine
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import sink, write_config
@@ -83,7 +82,7 @@ class Settings:
 # Both stop training 200 updates after an expert generalises, and so share experts; the seed went on to update 7,500.
 PROFILES = {
     "quick": Settings(
-        fold=TokenFold(refine=Refine(steps=60, rows=512, lr=1e-3, head_steps=60)),
+        fold=TokenFold(refine=replace(TokenFold().refine, steps=60)),
         distil=Distil(steps=60, lrs=(3e-5, 3e-4, 1e-3)),
     ),
     "full": Settings(),

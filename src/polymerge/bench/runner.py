@@ -198,8 +198,7 @@ class Cells:
         self.parent = parent
         self.groups: list[tuple[Case, int]] = []
         self.missing = 0
-        self.failures: list[tuple[str, Exception]] = []
-        self.failed: set[Key] = set()
+        self.failures: dict[Key, Exception] = {}
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
     def run(self, cases: Sequence[Case], make: Make) -> None:
@@ -217,10 +216,10 @@ class Cells:
             for case, seed in groups:  # what a process that died had begun
                 self._work(case, seed, make, wait=True)
         if self.failures:
-            where, error = self.failures[0]
+            (_, _, case_name, seed, method), error = next(iter(self.failures.items()))
             raise PolymergeError(
                 f"bench: {len(self.failures)} of the cells have no row;"
-                f" the first: {where}: {type(error).__name__}: {error}"
+                f" the first: {case_name} seed {seed} {method}: {type(error).__name__}: {error}"
             ) from error
 
     def _claim(self, case: Case, seed: int, method: str = "") -> Path:
@@ -255,7 +254,7 @@ class Cells:
 
     def _left(self, case: Case, seed: int) -> list[str]:
         """Methods of a case that have no row yet, and did not fail here."""
-        done = self.store.keys() | self.failed
+        done = self.store.keys() | self.failures.keys()
         return [m for m in self._methods(case) if (self.suite, self.profile, case.name, seed, m) not in done]
 
     def _methods(self, case: Case) -> list[str]:
@@ -292,8 +291,7 @@ class Cells:
         except PreflightError as error:
             row = self._row(case, seed, method, status="cannot", reason=without_folders(str(error)), **facts)
         except Exception as error:  # noqa: BLE001  one method's bug must not cost the other rows
-            self.failures.append((f"{case.name} seed {seed} {method}", error))
-            self.failed.add((self.suite, self.profile, case.name, seed, method))
+            self.failures[self.suite, self.profile, case.name, seed, method] = error
             return
         else:
             row = self._row(case, seed, method, **facts, **self._figures(bed, outcome, clock))

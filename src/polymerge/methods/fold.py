@@ -36,8 +36,8 @@ from polymerge.recipe import Fold
 BASIS_ROWS = 64
 TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
 BALANCE_ROWS, BALANCE_HELD_OUT, BALANCE_STEPS = 64, 32, 20
-MOST = 4.0
-"""Of the balance: what one expert gains by more is less than what the others lose."""
+BALANCE_MOST = 4.0
+"""What one expert gains by more is less than what the others lose."""
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -156,7 +156,7 @@ def choose(
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
     more = texts.subset(BALANCE_ROWS, BALANCE_HELD_OUT)
     refined = Refine(min(BALANCE_STEPS, settings.refine), lr=settings.refine_lr, head_steps=TRIAL_HEAD_STEPS)
-    return Choice(target, knobs, balanced(tried(target, knobs, more, refined), MOST), trials)
+    return Choice(target, knobs, balanced(tried(target, knobs, more, refined), BALANCE_MOST), trials)
 
 
 def search(
