@@ -1,6 +1,7 @@
 """Aligners recover planted maps; pruning costs are the true error increases."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,17 +69,22 @@ def test_groups_expand_to_the_common_ratio():
     assert expand_groups(x, 4, 2)[0, :, 0].tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("layers", "target"), [(2, 2), (2, 5), (3, 7), (5, 6)])
-def test_depth_map_increases_strictly_and_spreads(layers, target):
-    hosts = depth.uniform(layers, target)
-    assert list(hosts) == sorted(set(hosts))
-    assert hosts[0] <= target / layers
-    assert hosts[-1] >= target - target / layers - 1
+@pytest.mark.parametrize(("layers", "target"), [(2, 2), (2, 5), (3, 6), (3, 7), (5, 6), (4, 31)])
+def test_depth_map_increases_strictly_from_the_first_to_the_last_and_evenly(layers, target):
+    hosts = depth.spread(layers, target)
+    assert (hosts[0], hosts[-1]) == (0, target - 1)
+    steps = {b - a for a, b in pairwise(hosts)}
+    assert min(steps) >= 1
+    assert max(steps) - min(steps) <= 1
+
+
+def test_depth_map_of_one_layer_is_the_middle():
+    assert depth.spread(1, 5) == (2,)
 
 
 def test_depth_map_refuses_fewer_layers():
     with pytest.raises(ValueError, match="3 expert layers do not fit into 2"):
-        depth.uniform(3, 2)
+        depth.spread(3, 2)
 
 
 def solved(x, y, ridge=1e-6):

@@ -1,8 +1,16 @@
 """Which target layer hosts each layer of an expert: a strictly increasing map."""
 
+import math
 
-def uniform(layers: int, target_layers: int) -> tuple[int, ...]:
-    """Spread `layers` expert layers evenly over `target_layers`; elsewhere the expert is the identity."""
+
+def spread(layers: int, target_layers: int) -> tuple[int, ...]:
+    """The first layer on the first, the last on the last, the others evenly between; elsewhere the expert is identity.
+
+    So an expert reads the embeddings, and is read by the head, with nothing in between that could lose it. A lone
+    layer goes to the middle. Raises ValueError if the expert is the deeper one.
+    """
     if layers > target_layers:
         raise ValueError(f"{layers} expert layers do not fit into {target_layers} target layers")
-    return tuple(int((i + 0.5) * target_layers / layers) for i in range(layers))
+    if layers == 1:
+        return (target_layers // 2,)
+    return tuple(math.ceil(i * (target_layers - 1) / (layers - 1) - 0.5) for i in range(layers))

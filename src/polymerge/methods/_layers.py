@@ -69,7 +69,7 @@ class LayerFold:
         self.refine, self.bias, self.batch, self.progress = refine, bias, batch, progress
         self.device, self.dtype = experts[0].device, experts[0].dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self.hosts = [depth.uniform(e.spec.layers, target.layers) for e in experts]
+        self.hosts = [depth.spread(e.spec.layers, target.layers) for e in experts]
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)

@@ -59,7 +59,7 @@ class Lifted:
             _check(own, self.spec, inf)
         except PreflightError as error:
             raise PreflightError(f"{source.path}: {str(error).replace('the anchor', 'the expert')}") from None
-        self.hosts = depth.uniform(own.layers, target.layers)
+        self.hosts = depth.spread(own.layers, target.layers)
         self._padding = _ZeroPadding(own, self.spec, torch.Generator())
         self.tied_gain = self._padding.stream**-2
 

@@ -130,7 +130,7 @@ class _Padding:
         outer = anchor.outer()
         embedding = self._writer(outer["embed.weight"].T, torch.arange(self.spec.vocab), self.spec.vocab).T.contiguous()
         yield None, {"embed.weight": embedding}
-        hosts = depth.uniform(self.spec.layers, self.target.layers)
+        hosts = depth.spread(self.spec.layers, self.target.layers)
         for index in range(self.target.layers):
             before = sum(host <= index for host in hosts) - 1
             weights = self._layer(anchor.layer(max(before, 0)))
