@@ -85,6 +85,11 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "polymerge", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"polymerge {polymerge.__version__}"
+
+
 def test_help_lists_every_command(call):
     done = call("--help")
     assert done.exit_code == 0

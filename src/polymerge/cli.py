@@ -346,7 +346,3 @@ def _device(device: Device) -> str:
 def main() -> None:
     """Entry point of the `polymerge` command."""
     app(prog_name="polymerge")
-
-
-if __name__ == "__main__":
-    main()
