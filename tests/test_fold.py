@@ -249,6 +249,27 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, mon
     assert trials[-1]["rows"] > trials[-2]["rows"]
 
 
+def test_wider_shapes_are_tried_refined_while_they_gain(save_model, tmp_path, monkeypatch):
+    losses = {16: 3.0, 24: 2.0, 32: 1.0, 40: 1.5, 48: 0.1}
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
+    data = texts(2, rows=12)
+    family, (one,) = shape(pair, width=24, heads=3, mlp=24)
+    shapes = [replace(one, width=width) for width in losses]
+
+    class Trial:
+        def __init__(self, _experts, spec, _texts, _bases, _knobs, refine, **_options):
+            self.found = [losses[spec.width] if refine.steps else float(spec.width), 0.05]  # few rows: the narrowest
+
+        def run(self, _emit):
+            return self.found
+
+    monkeypatch.setattr(folding, "LayerFold", Trial)
+    choice = folding.choose(pair, family, shapes, data, folding.bases_of(pair, data, 0), recipe.Fold())
+    assert choice.target.width == 32
+    assert [t["width"] for t in choice.trials if t["worst"] in losses.values()] == [16, 24, 32, 40]
+    assert choice.balance == _refine.balanced([1.0, 0.05], folding.BALANCE_MOST)
+
+
 def test_the_search_walks_down_one_valley_and_keeps_what_gains_more_than_noise():
     losses = {10: 9.0, 20: 4.0, 30: 3.0, 40: 2.0, 50: 2.5}
     gains = {"ridge": {1e-3: 0.995}, "mute": {0.1: 0.9}, "even": {0.5: 0.1}, "off_gate": {2.0: 1.2}}

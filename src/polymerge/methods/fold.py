@@ -35,7 +35,7 @@ from polymerge.recipe import Fold
 
 BASIS_ROWS = 64
 TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
-BALANCE_ROWS, BALANCE_HELD_OUT, BALANCE_STEPS = 64, 32, 20
+REFINED_ROWS, REFINED_HELD_OUT, REFINED_STEPS = 64, 32, 20
 BALANCE_MOST = 4.0
 """What one expert gains by more is less than what the others lose."""
 BETTER = 0.99
@@ -128,10 +128,11 @@ def choose(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Choice:
-    """Shape and knobs by the worst skill of closed-form folds of a few rows; balance by a fold of more, refined.
+    """Shape and knobs by the worst skill of closed-form folds of a few rows; wider shapes and balance by refined ones.
 
-    How the experts lag behind each other at the end shows only with refinement: what few rows cost in closed form is
-    another thing, and the expert that pays more of it may be the other one.
+    Few rows speak for narrow shapes, since wide ones take more to be solved: so wider ones are tried again with more
+    rows and refined, while they gain. How the experts lag behind each other shows only then, too: what few rows cost in
+    closed form is another thing, and the expert that pays more of it may be the other one.
     """
     trials: list[dict[str, Any]] = []
     even = (1.0,) * len(experts)
@@ -154,9 +155,15 @@ def choose(
 
     few, closed = texts.subset(TRIAL_ROWS, TRIAL_HELD_OUT), Refine(steps=0, head_steps=TRIAL_HEAD_STEPS)
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
-    more = texts.subset(BALANCE_ROWS, BALANCE_HELD_OUT)
-    refined = Refine(min(BALANCE_STEPS, settings.refine), lr=settings.refine_lr, head_steps=TRIAL_HEAD_STEPS)
-    return Choice(target, knobs, balanced(tried(target, knobs, more, refined), BALANCE_MOST), trials)
+    more = texts.subset(REFINED_ROWS, REFINED_HELD_OUT)
+    refined = Refine(min(REFINED_STEPS, settings.refine), lr=settings.refine_lr, head_steps=TRIAL_HEAD_STEPS)
+    lag = tried(target, knobs, more, refined)
+    for wider in shapes[shapes.index(target) + 1 :]:
+        found = tried(wider, knobs, more, refined)
+        if max(found) >= BETTER * max(lag):
+            break
+        target, lag = wider, found
+    return Choice(target, knobs, balanced(lag, BALANCE_MOST), trials)
 
 
 def search(

@@ -25,11 +25,11 @@ import torch
 
 from polymerge.methods._refine import Refine
 from polymerge.methods.fold import (
-    BALANCE_HELD_OUT,
-    BALANCE_ROWS,
-    BALANCE_STEPS,
     BASIS_ROWS,
     GRIDS,
+    REFINED_HELD_OUT,
+    REFINED_ROWS,
+    REFINED_STEPS,
     TRIAL_HELD_OUT,
     TRIAL_ROWS,
 )
@@ -97,9 +97,11 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     moments = target.layers * (3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads))
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
     knobs = sum(getattr(recipe.fold, name) is None for name in GRIDS)
-    rows = (1 + len(plan.shapes) // 2 + knobs) * (TRIAL_ROWS + TRIAL_HELD_OUT) + BALANCE_ROWS + BALANCE_HELD_OUT
+    refined = 1 + (len(plan.shapes) > 1)
+    rows = (1 + len(plan.shapes) // 2 + knobs) * (TRIAL_ROWS + TRIAL_HELD_OUT)
+    rows += refined * (REFINED_ROWS + REFINED_HELD_OUT)
     trials = k * rows * recipe.fold.length if k > 1 else 0
-    steps = recipe.fold.refine + (min(BALANCE_STEPS, recipe.fold.refine) if k > 1 else 0)
+    steps = recipe.fold.refine + (refined * min(REFINED_STEPS, recipe.fold.refine) if k > 1 else 0)
     refining = 8.0 * steps * Refine().rows * recipe.fold.length * size
     basis = 8.0 * BASIS_ROWS * recipe.fold.length * experts
     healing = 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0
