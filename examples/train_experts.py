@@ -50,7 +50,6 @@ class Expert:
     shipped: bool = False
     vocabulary: int = VOCABULARY  # 257: bytes alone
     unigram: bool = False  # SentencePiece's way: a unigram model of words that begin with a blank, byte fallback
-    alone: bool = False  # its tokenizer is learned from its own domain alone: neither vocabulary contains the other
 
 
 NEOX = {
@@ -68,7 +67,6 @@ EXPERTS = {
     }, rate=2e-3, dropout=0.1, autocast=True, shipped=True),
     "code-neox": Expert("code", "gpt_neox", NEOX, rate=2e-3, shipped=True),
     "code-neox-4k": Expert("code", "gpt_neox", NEOX, rate=2e-3, vocabulary=4096),
-    "code-neox-alone": Expert("code", "gpt_neox", NEOX, rate=2e-3, alone=True),
     "code-neox-bytes": Expert("code", "gpt_neox", NEOX, rate=2e-3, vocabulary=257),
     "code-neox-unigram": Expert("code", "gpt_neox", NEOX, rate=2e-3, unigram=True),
     "code-gpt2": Expert("code", "gpt2", {
@@ -201,8 +199,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     expert = EXPERTS[name]
     texts = {domain: corpus(domain, "train") for domain in ("prose", "code")}
     make = make_unigram if expert.unigram else make_tokenizer
-    read = texts[expert.domain] if expert.alone else texts["prose"] * 4 + texts["code"]  # about as much of each
-    tokenizer = make(read, expert.vocabulary)
+    tokenizer = make(texts["prose"] * 4 + texts["code"], expert.vocabulary)  # about as much of each
     validation = texts[expert.domain][::16]
     tokens = stream(tokenizer, [text for i, text in enumerate(texts[expert.domain]) if i % 16])
     model = build(expert)

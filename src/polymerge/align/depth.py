@@ -6,8 +6,8 @@ import math
 def spread(layers: int, target_layers: int) -> tuple[int, ...]:
     """The first layer on the first, the last on the last, the others evenly between; elsewhere the expert is identity.
 
-    So an expert reads the embeddings, and is read by the head, with nothing in between that could lose it. A lone
-    layer goes to the middle. Raises ValueError if the expert is the deeper one.
+    A lone layer goes to the middle. Measured against other maps (LOG.md, 2026-11-25). Raises ValueError if the expert
+    is the deeper one.
     """
     if layers > target_layers:
         raise ValueError(f"{layers} expert layers do not fit into {target_layers} target layers")
