@@ -102,6 +102,20 @@ def test_training_learns_sums_and_is_deterministic():
     assert torch.equal(runs[0].weights[0]["q.weight"], runs[1].weights[0]["q.weight"])
 
 
+def test_experts_trained_side_by_side_learn_as_they_do_alone():
+    tasks = [("x_plus_y", 0.8, 0), ("permutation", 0.5, 0), ("x_plus_y", 0.5, 1)]  # of different lengths
+    splits = [(SMALL.split(task, seed, share), seed) for task, share, seed in tasks]
+    spec, _ = weights_of(PLUS)
+    settings = replace(TINY.training, steps=60, target=0.02, enough=0)  # each stops when it will
+    stack = train.together(spec, [train.Study(s.train, s.validation, seed) for s, seed in splits], settings)
+    alone = [train.train(spec, s.train, s.validation, settings, seed) for s, seed in splits]
+    assert len({one.steps for one in alone}) > 1
+    for a, b in zip(stack, alone, strict=True):
+        assert (a.steps, a.best_step, a.step_val_acc_99) == (b.steps, b.best_step, b.step_val_acc_99)
+        assert a.final == pytest.approx(b.final, rel=1e-3)
+        torch.testing.assert_close(a.weights[0]["down.weight"], b.weights[0]["down.weight"], atol=1e-4, rtol=1e-3)
+
+
 def test_step_val_acc_99_counts_updates_or_says_that_it_never_came():
     split = SMALL.split("x_plus_y", 0, 0.8)
     spec, _ = weights_of(PLUS)

@@ -9,7 +9,8 @@ in a cache folder under a hash of all that they depend on.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
 from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.bench.tokens import TokenFold
-from polymerge.bench.train import Trained, Training, train
+from polymerge.bench.train import Study, Trained, Training, together
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import sink, write_config
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of the cache's key: raise it when training changes in a way that the settings don't show."""
 
 SHAPES = {"base": (2, 128, 4), "layers": (4, 128, 4), "width": (2, 256, 4), "heads": (2, 128, 8), "all": (4, 256, 8)}
@@ -140,6 +141,53 @@ def cache_folder() -> Path:
     return Path(place) / "polymerge-bench" if place else Path.home() / ".cache" / "polymerge-bench"
 
 
+@dataclass(frozen=True)
+class Order:
+    """An expert of the cache, there or to be trained: its folder is named by a hash of all that it depends on."""
+
+    plan: ExpertPlan
+    settings: Settings
+    seed: int
+    cache: Path
+
+    @property
+    def training(self) -> Training:
+        """The profile's, with what the plan changes."""
+        mine, plan = self.settings.training, self.plan
+        return replace(mine, weight_decay=plan.weight_decay, steps=plan.updates or mine.steps)
+
+    @property
+    def depends(self) -> dict[str, Any]:
+        """All that it depends on."""
+        asked = {key: value for key, value in asdict(self.plan).items() if key != "updates"}  # training's steps tell it
+        return {
+            "version": RECIPE_VERSION, "plan": asked, "seed": self.seed,
+            "training": asdict(self.training), "arithmetic": asdict(self.settings.arithmetic),
+        }  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint and its record."""
+        text = json.dumps(self.depends, sort_keys=True)
+        return self.cache / f"{self.plan.name}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def record(self) -> Path:
+        """What training gave; the expert is there when it is."""
+        return self.folder / "training.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains it."""
+        return self.cache / f".{self.folder.name}.lock"
+
+
+def orders(cases: Sequence[Case], settings: Settings, seeds: int, cache: Path) -> list[Order]:
+    """The experts of some cases, for seeds 0, 1, … below `seeds`."""
+    plans = dict.fromkeys(plan for case in cases for plan in case.detail.experts)
+    return [Order(plan, settings, seed, cache) for seed in range(seeds) for plan in plans]
+
+
 def trained(
     plan: ExpertPlan,
     settings: Settings,
@@ -150,24 +198,35 @@ def trained(
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Path, dict[str, Any]]:
     """(folder, what training it gave) of an expert; trained now unless the cache has it."""
-    training = replace(settings.training, weight_decay=plan.weight_decay, steps=plan.updates or settings.training.steps)
-    asked = {key: value for key, value in asdict(plan).items() if key != "updates"}  # training's steps tell it
-    depends = {
-        "version": RECIPE_VERSION, "plan": asked, "seed": seed,
-        "training": asdict(training), "arithmetic": asdict(settings.arithmetic),
-    }  # fmt: skip
-    text = json.dumps(depends, sort_keys=True)
-    folder = cache / f"{plan.name}-s{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    record = folder / "training.json"
-    with held(cache / f".{folder.name}.lock"):  # another process may be training it
-        if not record.is_file():
-            split = settings.arithmetic.split(plan.task, seed, plan.share)
-            done = train(
-                spec_of(plan, settings.arithmetic), split.train, split.validation, training, seed,
-                device=device, progress=lambda note: progress(f"{plan.name}: {note}"),
-            )  # fmt: skip
-            _keep(folder, plan, settings.arithmetic, done, depends)
-    return folder, json.loads(record.read_text(encoding="utf-8"))
+    order = Order(plan, settings, seed, cache)
+    with held(order.lock):  # another process may be training it
+        if not order.record.is_file():
+            _train([order], device, lambda note: progress(f"{plan.name}: {note}"))
+    return order.folder, json.loads(order.record.read_text(encoding="utf-8"))
+
+
+def train_stacks(orders: Sequence[Order], *, device: str, progress: Callable[[str], None] = lambda _: None) -> None:
+    """Train what the cache lacks and no other process is at, all experts of one shape side by side: for a GPU."""
+    stacks: dict[Any, list[Order]] = {}
+    for order in dict.fromkeys(orders):
+        stacks.setdefault((spec_of(order.plan, order.settings.arithmetic), order.training), []).append(order)
+    for stack in stacks.values():
+        with ExitStack() as locks:
+            mine = [order for order in stack if locks.enter_context(held(order.lock, wait=False))]
+            if lacking := [order for order in mine if not order.record.is_file()]:
+                title = f"{len(lacking)} experts as {lacking[0].plan.name}"
+                _train(lacking, device, lambda note, title=title: progress(f"{title}: {note}"))  # type: ignore[misc]
+
+
+def _train(orders: Sequence[Order], device: str, progress: Callable[[str], None]) -> None:
+    """Train experts of one shape together, and keep them."""
+    first = orders[0]
+    splits = [order.settings.arithmetic.split(order.plan.task, order.seed, order.plan.share) for order in orders]
+    studies = [Study(s.train, s.validation, order.seed) for s, order in zip(splits, orders, strict=True)]
+    spec = spec_of(first.plan, first.settings.arithmetic)
+    made = together(spec, studies, first.training, device=device, progress=progress)
+    for order, done in zip(orders, made, strict=True):
+        _keep(order.folder, order.plan, order.settings.arithmetic, done, order.depends)
 
 
 def _keep(folder: Path, plan: ExpertPlan, arithmetic: Arithmetic, done: Trained, depends: dict[str, Any]) -> None:

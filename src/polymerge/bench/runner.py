@@ -7,6 +7,7 @@ report("out/bench")                       # LEADERBOARD.md and report.html, from
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,19 @@ PROFILES = ("quick", "medium", "full")
 MOST_WORKERS = 4
 Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
 """(case, seed, device, scratch folder, listener) -> bed."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite's cases, what makes the bed of one, what one lacks here (empty: nothing), and what a GPU does first.
+
+    `prepare`: (cases, seeds, device, listener).
+    """
+
+    cases: list[Case]
+    make: Make
+    lack: Callable[[Case], str] = lambda _: ""
+    prepare: Callable[[Sequence[Case], int, str, Callable[[str], None]], None] = lambda *_: None
 
 
 def run(
@@ -73,7 +87,7 @@ def run(
         )
     wanted, place, store = table.chosen(methods), pick_device(device), Store(out)
     found = {name: _suite(name, profile, texts) for name in _named(suite)}
-    names = {case.name: lack(case) for some, _, lack in found.values() for case in some}
+    names = {case.name: suite.lack(case) for suite in found.values() for case in suite.cases}
     for case_name in cases or ():
         if case_name not in names:
             raise PolymergeError(f"bench: no case {case_name!r} in {suite}/{profile}; known: {', '.join(names)}")
@@ -90,9 +104,9 @@ def run(
     try:
         for helper in helpers:
             helper.start()
-        for name, (some, make, _) in found.items():
-            picked = [case for case in some if case.name in cases] if cases else [c for c in some if not names[c.name]]
-            Cells(name, profile, store, wanted, seeds, place, progress, out, parent).run(picked, make)
+        for name, its in found.items():
+            picked = [c for c in its.cases if (c.name in cases if cases else not names[c.name])]
+            Cells(name, profile, store, wanted, seeds, place, progress, out, parent).run(picked, its)
     finally:
         for helper in helpers:
             helper.terminate()
@@ -139,9 +153,9 @@ def left_out(suite: str, profile: str, texts: Path | str | None = None) -> list[
     """A line for each reason for which cases of a run cannot be done here: "18 cases of text cannot: needs …"."""
     lines = []
     for name in _named(suite):
-        some, _, lack = _suite(name, profile, texts)
-        for reason in sorted({why for case in some if (why := lack(case))}):
-            lines.append(f"{sum(lack(case) == reason for case in some)} cases of {name} cannot: {reason}")
+        its = _suite(name, profile, texts)
+        lacks = [its.lack(case) for case in its.cases]
+        lines += [f"{lacks.count(why)} cases of {name} cannot: {why}" for why in sorted(set(lacks)) if why]
     return lines
 
 
@@ -149,8 +163,7 @@ def _named(suite: str) -> tuple[str, ...]:
     return SUITES if suite == "all" else (suite,)
 
 
-def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case], Make, Callable[[Case], str]]:
-    """A suite's cases, what makes the bed of one, and what one lacks here (empty: nothing)."""
+def _suite(name: str, profile: str, texts: Path | str | None) -> Suite:
     if name == "modular":
         if profile == "medium":
             raise PolymergeError("bench: modular has no profile medium; profiles: quick, full")
@@ -162,7 +175,12 @@ def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case
         def modular_bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
             return ModularBed(case, seed, settings, scratch, device=device, progress=tell)
 
-        return modular.cases(profile), modular_bed, lambda _: ""
+        def experts(cases: Sequence[Case], seeds: int, device: str, tell: Callable[[str], None]) -> None:
+            if device != "cpu":
+                orders = modular.orders(cases, settings, seeds, modular.cache_folder())
+                modular.train_stacks(orders, device=device, progress=tell)
+
+        return Suite(modular.cases(profile), modular_bed, prepare=experts)
     from polymerge.bench import text, text_bed, text_experts
 
     folder = text_experts.texts_folder(Path(texts) if texts else None)
@@ -170,7 +188,7 @@ def _suite(name: str, profile: str, texts: Path | str | None) -> tuple[list[Case
     def bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
         return text_bed.TextBed(case, seed, scratch, texts=folder, device=device, progress=tell)
 
-    return text.cases(profile), bed, lambda case: text.lacking(case, folder)
+    return Suite(text.cases(profile), bed, lambda case: text.lacking(case, folder))
 
 
 def claim(out: Path, suite: str, profile: str, case: str, seed: int, method: str = "") -> Path:
@@ -201,12 +219,14 @@ class Cells:
         self.failures: dict[Key, Exception] = {}
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
 
-    def run(self, cases: Sequence[Case], make: Make) -> None:
+    def run(self, cases: Sequence[Case], suite: Suite) -> None:
         """Every cell without a row, case by case: experts are loaded and folded once. Then what others are still at."""
         self.groups = groups = [(case, seed) for seed in range(self.seeds) for case in cases]
         self.missing = self._missing()
         self.progress.stage(self.suite, self.missing)
+        make = suite.make
         with threads.fitting(0):  # small models: more threads only wait, more workers don't
+            suite.prepare(cases, self.seeds, self.device, lambda note: self.progress.advance(note, 0))
             for case, seed in groups:
                 with held(self._claim(case, seed), wait=False) as mine:
                     if mine:

@@ -2,7 +2,8 @@
 
 Prefix deduplication: under the causal mask the states of the first two positions depend on the first operand and the
 sign only, so they are computed once for every distinct pair of them (97 pairs instead of 512 in a batch), and the
-last layer computes nothing but the answer's position. The logits are those of the plain pass.
+last layer computes nothing but the answer's position. The logits are those of the plain pass. On a GPU an update is one
+CUDA graph: so small a model's hundreds of kernels take ten times longer to launch than to run.
 
 step_val_acc_99: the first of the evaluations (every 10 updates, 4,096 draws from the validation pairs) with an accuracy
 over 0.99; the number of updates allowed if there is none.
@@ -10,21 +11,26 @@ over 0.99; the number of updates allowed if there is none.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from polymerge.model import decoder
 from polymerge.model.spec import Spec
 from polymerge.teachers import uses_bfloat16
 
+T = TypeVar("T")
 Weights = dict[int | None, dict[str, Tensor]]
 """By layer (None: outside the layers), then by role."""
+Beginnings = tuple[Int[Tensor, "start 2"], Int[Tensor, " row"]]
+"""Distinct beginnings of rows, and which of them each row has."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,17 @@ def initial(spec: Spec, generator: torch.Generator) -> Weights:
     return weights
 
 
-def answers(spec: Spec, weights: Weights, rows: Int[Tensor, "row n"]) -> Float[Tensor, "row vocab"]:
-    """Logits at the third token of every row, beginnings computed once each."""
+def beginnings(rows: Int[Tensor, "row n"]) -> Beginnings:
+    """The distinct beginnings of the rows."""
     starts, which = torch.unique(rows[:, :2], dim=0, return_inverse=True)
+    return starts, which
+
+
+def answers(
+    spec: Spec, weights: Weights, rows: Int[Tensor, "row n"], begun: Beginnings | None = None
+) -> Float[Tensor, "row vocab"]:
+    """Logits at the third token of every row, beginnings (`begun`, else those of these rows) computed once each."""
+    starts, which = begun or beginnings(rows)
     shared, time_ = 2 * len(starts), starts.shape[1]
     x = decoder.embed(spec, weights[None], torch.cat([starts.flatten(), rows[:, 2]])[None])[0]
     cos, sin = decoder.rotation(spec, time_ + 1, x)
@@ -108,11 +122,12 @@ def answers(spec: Spec, weights: Weights, rows: Int[Tensor, "row n"]) -> Float[T
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, shared: int) -> Tensor:
     """Rotary embedding of (token, head, hd): the first `shared` tokens stand at positions 0, 1, 0, 1, …; rest at 2."""
-    at = torch.cat([torch.arange(shared) % 2, torch.full((len(x) - shared,), 2)]).to(x.device)
+    first, rest = torch.arange(shared, device=x.device) % 2, torch.full((len(x) - shared,), 2, device=x.device)
+    at = torch.cat([first, rest])
     c, s = cos[at][:, None].to(x.dtype), sin[at][:, None].to(x.dtype)
     pairs = c.shape[-1]
-    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    return torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
+    a, b, plain = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat([a * c - b * s, b * c + a * s, plain], dim=-1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
@@ -127,11 +142,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def measure(spec: Spec, weights: Weights, rows: Int[Tensor, "row 4"], batch: int = 8192) -> tuple[Tensor, Tensor]:
+def measure(
+    spec: Spec, weights: Weights, rows: Int[Tensor, "row 4"], begun: Beginnings | None = None, batch: int = 8192
+) -> tuple[Tensor, Tensor]:
     """(right, loss) of every row."""
-    parts = [(answers(spec, weights, part), part[:, 3]) for part in rows.split(batch)]
+    starts, which = begun or beginnings(rows)
+    parts = [
+        (answers(spec, weights, part, (starts, theirs)), part[:, 3])
+        for part, theirs in zip(rows.split(batch), which.split(batch), strict=True)
+    ]
     right = torch.cat([logits.argmax(-1) == answer for logits, answer in parts])
     return right, torch.cat([F.cross_entropy(logits.float(), answer, reduction="none") for logits, answer in parts])
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one expert learns from, what it is validated on, and its seed."""
+
+    rows: Int[Tensor, "row 4"]
+    validation: Int[Tensor, "held_out 4"]
+    seed: int
 
 
 def train(
@@ -145,50 +175,183 @@ def train(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Trained:
     """Train a decoder from scratch on rows; memory is one model, its optimiser state and its best state."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = to(initial(spec, generator), device)
-    rows, validation = rows.to(device), validation.to(device)
-    optimiser = _adamw(weights, settings.lr, settings.betas, settings.weight_decay)
+    return together(spec, [Study(rows, validation, seed)], settings, device=device, progress=progress)[0]
+
+
+def together(
+    spec: Spec,
+    studies: Sequence[Study],
+    settings: Training,
+    *,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Trained]:
+    """Train decoders of one shape side by side, as one stack of weights: on a GPU a dozen take the time of one.
+
+    Each learns as it would alone, from its own rows and seed; one that has learned enough is put by, the others go on.
+    """
+    generators = [torch.Generator().manual_seed(one.seed) for one in studies]
+    weights = to(_stacked([initial(spec, generator) for generator in generators]), device)
+    data, held_out = (_Rows.of([getattr(s, part) for s in studies], device) for part in ("rows", "validation"))
+    optimiser = _adamw(weights, settings, device)
     half = uses_bfloat16("auto", torch.device(device))
-    best, best_step, best_score, reached, first = copy(weights), 0, (-1.0, 0.0), None, None
-    curve: list[dict[str, Any]] = []
-    recent: list[tuple[float, float]] = []
-    began, began_cpu, step = time.perf_counter(), time.process_time(), 0
-    for step in range(1, settings.steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = settings.lr * min(1.0, step / settings.warmup)
-        batch = rows[torch.randint(len(rows), (settings.batch,), generator=generator).to(device)]
-        with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=half):
-            logits = answers(spec, weights, batch)
-        loss = F.cross_entropy(logits.float(), batch[:, 3])
+    mixed = partial(torch.autocast, device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=half)
+    chosen = torch.zeros(len(studies), settings.batch, dtype=torch.long, device=device)
+
+    def update() -> Tensor:
+        """One step on the chosen rows; (loss, accuracy) of each expert."""
+        batch, which = data.rows.gather(1, chosen[..., None].expand(-1, -1, 4)), data.which.gather(1, chosen)
+        with mixed():
+            logits = _each(partial(_answers, spec), weights, batch, data.starts, which)
+        answer = batch[..., 3]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), answer.flatten(), reduction="none").view_as(answer).mean(1)
         optimiser.zero_grad()
-        loss.backward()
+        loss.sum().backward()
         optimiser.step()
-        recent.append((float(loss.detach()), float((logits.argmax(-1) == batch[:, 3]).float().mean())))
+        return torch.stack([loss.detach(), (logits.argmax(-1) == answer).float().mean(1)], dim=1)
+
+    @torch.no_grad()
+    def validate() -> tuple[Tensor, Tensor]:
+        """(right, loss) of each expert's every validation row."""
+        with mixed():
+            logits = _each(partial(_answers, spec), weights, held_out.rows, held_out.starts, held_out.which)
+        answer = held_out.rows[..., 3]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), answer.flatten(), reduction="none").view_as(answer)
+        return logits.argmax(-1) == answer, losses
+
+    step_once, validate_once = captured(update, device, optimiser), captured(validate, device)
+    pupils = [_Pupil(one, settings, generator) for one, generator in zip(studies, generators, strict=True)]
+    recent: list[Tensor] = []
+    for step in range(1, settings.steps + 1):
+        _set_rate(optimiser, settings.lr * min(1.0, step / settings.warmup))
+        chosen.copy_(torch.stack([pupil.draw(len(pupil.study.rows), settings.batch) for pupil in pupils]))
+        recent.append(step_once().clone())
         if step % settings.every:
             continue
-        with torch.autocast(device.split(":", maxsplit=1)[0], torch.bfloat16, enabled=half):
-            right, losses = measure(spec, weights, validation)
-        drawn = torch.randint(len(validation), (settings.draws,), generator=generator).to(device)
-        accuracy = float(right[drawn].float().mean())
-        first = step if first is None and accuracy > 0.99 else first  # noqa: PLR2004  the seed's threshold
-        score = (float(right.float().mean()), -float(losses.mean()))
-        if score > best_score:
-            best, best_step, best_score = copy(weights), step, score
-        reached = step if reached is None and score[0] >= settings.target else reached
-        if step % (10 * settings.every) == 0 or step == settings.steps:
-            point = {"step": step, "train_loss": _mean(recent, 0), "train_acc": _mean(recent, 1)}
-            curve.append(point | {"val_loss": -score[1], "val_acc": accuracy})
-            progress(f"step {step}, validation accuracy {accuracy:.3f}")
-        final = {
-            "final_train_loss": _mean(recent, 0), "final_train_acc": _mean(recent, 1),
-            "final_val_loss": float(losses[drawn].mean()), "final_val_acc": accuracy,
-        }  # fmt: skip
+        right, losses = (t.cpu() for t in validate_once())
+        trained = torch.stack(recent).mean(0).cpu()
+        for k, pupil in enumerate(pupils):
+            pupil.validated(step, right[k], losses[k], trained[k].tolist(), partial(_one, weights, k))
         recent = recent[-10:]
-        if reached is not None and settings.enough is not None and step >= reached + settings.enough:
+        if step % (10 * settings.every) == 0:
+            progress(f"step {step}, validation accuracy {min(pupil.last for pupil in pupils):.3f}")
+        if all(pupil.done for pupil in pupils):
             break
-    wall, cpu = time.perf_counter() - began, time.process_time() - began_cpu
-    return Trained(best, step, first or settings.steps, best_step, best_score[0], final, wall, cpu, curve)
+    return [pupil.trained for pupil in pupils]
+
+
+class _Pupil:
+    """One expert of a stack: its draws, its best state and the seed experiment's figures."""
+
+    def __init__(self, study: Study, settings: Training, generator: torch.Generator) -> None:
+        self.study, self.settings, self.generator = study, settings, generator
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
+        self.reached: int | None = None
+        self.score, self.last, self.done = (-1.0, 0.0), 0.0, False
+        self.trained = Trained({}, 0, settings.steps, 0, 0.0, {}, 0.0, 0.0)
+
+    def draw(self, among: int, count: int) -> Tensor:
+        return torch.randint(among, (count,), generator=self.generator)
+
+    def validated(
+        self, step: int, right: Tensor, losses: Tensor, recent: Sequence[float], weights: Callable[[], Weights]
+    ) -> None:
+        """Take note of a validation; rows past the expert's own are padding."""
+        if self.done:
+            return
+        own, out, settings = len(self.study.validation), self.trained, self.settings
+        right, losses = right[:own].float(), losses[:own]
+        drawn = self.draw(own, settings.draws)
+        self.last = float(right[drawn].mean())
+        if self.last > 0.99 and out.step_val_acc_99 == settings.steps:  # noqa: PLR2004  the seed's threshold
+            out.step_val_acc_99 = step
+        score = (float(right.mean()), -float(losses.mean()))
+        if score > self.score:
+            self.score, out.weights, out.best_step, out.best_val_acc = score, weights(), step, score[0]
+        if self.reached is None and score[0] >= settings.target:
+            self.reached = step
+        enough = self.reached is not None and settings.enough is not None and step >= self.reached + settings.enough
+        out.steps, self.done = step, enough or step == settings.steps
+        if step % (10 * settings.every) == 0 or step == settings.steps:
+            point = {"step": step, "train_loss": recent[0], "train_acc": recent[1]}
+            out.curve.append(point | {"val_loss": -score[1], "val_acc": self.last})
+        out.final = {
+            "final_train_loss": recent[0], "final_train_acc": recent[1],
+            "final_val_loss": float(losses[drawn].mean()), "final_val_acc": self.last,
+        }  # fmt: skip
+        out.seconds, out.cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.began_cpu
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of several experts, padded to the longest; their beginnings, and which of them each row has."""
+
+    rows: Int[Tensor, "expert row 4"]
+    starts: Int[Tensor, "expert start 2"]
+    which: Int[Tensor, "expert row"]
+
+    @classmethod
+    def of(cls, each: Sequence[Tensor], device: str) -> "_Rows":
+        begun = [beginnings(rows) for rows in each]
+        parts = (each, [starts for starts, _ in begun], [which for _, which in begun])
+        return cls(*(pad_sequence(list(part), batch_first=True).to(device) for part in parts))
+
+
+def _answers(spec: Spec, weights: Weights, rows: Tensor, starts: Tensor, which: Tensor) -> Tensor:
+    return answers(spec, weights, rows, (starts, which))
+
+
+def _each(work: Callable[..., Tensor], weights: Weights, *data: Tensor) -> Tensor:
+    """`work` for every expert of a stack."""
+    if len(data[0]) == 1:  # as it is: batched products of one are slower
+        return work(_one(weights, 0, view=True), *(part[0] for part in data))[None]
+    out: Tensor = torch.vmap(work)(weights, *data)
+    return out
+
+
+def _stacked(each: Sequence[Weights]) -> Weights:
+    """The weights of several decoders, a new first axis over them."""
+    return {
+        layer: {role: torch.stack([w[layer][role] for w in each]) for role in part} for layer, part in each[0].items()
+    }
+
+
+def _one(weights: Weights, k: int, *, view: bool = False) -> Weights:
+    """The weights of decoder k of a stack: a view, or a detached copy."""
+    return {
+        layer: {role: w[k] if view else w[k].detach().clone() for role, w in part.items()}
+        for layer, part in weights.items()
+    }
+
+
+def captured(work: Callable[[], T], device: str, optimiser: torch.optim.Optimizer | None = None) -> Callable[[], T]:
+    """The work as one CUDA graph; on a CPU the work itself. What it returns is overwritten by the next call.
+
+    It must read and write the same memory each time. It is tried three times first: an optimiser's updates are then
+    of rate zero (set a rate after it), and what it remembers of them is forgotten.
+    """
+    if not device.startswith("cuda"):
+        return work
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        if optimiser:
+            _set_rate(optimiser, 0.0)
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    for state in optimiser.state.values() if optimiser else ():
+        for value in state.values():
+            value.zero_()
+
+    def again() -> T:
+        graph.replay()
+        return out
+
+    return again
 
 
 def to(weights: Mapping[int | None, Mapping[str, Tensor]], device: str) -> Weights:
@@ -204,10 +367,17 @@ def copy(weights: Weights) -> Weights:
     return {layer: {role: w.detach().clone() for role, w in part.items()} for layer, part in weights.items()}
 
 
-def _adamw(weights: Weights, lr: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    flat = [w for part in weights.values() for w in part.values()]
-    return torch.optim.AdamW(flat, lr=lr, betas=betas, weight_decay=decay, fused=True)
+def _adamw(weights: Weights, settings: Training, device: str) -> torch.optim.AdamW:
+    """On a GPU its rate is a tensor there, which a graph reads anew each time."""
+    flat, gpu = [w for part in weights.values() for w in part.values()], device.startswith("cuda")
+    rate = torch.tensor(settings.lr, device=device) if gpu else settings.lr
+    betas, decay = settings.betas, settings.weight_decay
+    return torch.optim.AdamW(flat, lr=rate, betas=betas, weight_decay=decay, fused=True, capturable=gpu)
 
 
-def _mean(pairs: list[tuple[float, float]], index: int) -> float:
-    return sum(pair[index] for pair in pairs) / len(pairs)
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

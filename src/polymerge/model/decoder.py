@@ -7,6 +7,7 @@ Checked against transformers' logits for every family in float64.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +63,15 @@ def linear(w: Weights, role: str, x: Float[Tensor, "... n"]) -> Float[Tensor, ".
 
 def rotation(spec: Spec, time: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (time, pair), computed in float32 as transformers does, then cast."""
-    pairs = torch.tensor(spec.frequencies, dtype=torch.float32, device=like.device)
+    pairs = _on(like.device, spec.frequencies)
     angle = torch.arange(time, dtype=torch.float32, device=like.device)[:, None] * pairs[None]
     return (angle.cos() * spec.rope_scale).to(like.dtype), (angle.sin() * spec.rope_scale).to(like.dtype)
+
+
+@lru_cache(maxsize=64)
+def _on(device: torch.device, frequencies: tuple[float, ...]) -> Float[Tensor, " pair"]:
+    """The frequencies on a device: copied once, since a copy from the host waits for a GPU."""
+    return torch.tensor(frequencies, dtype=torch.float32, device=device)
 
 
 def rotate(
