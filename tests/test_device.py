@@ -1,0 +1,121 @@
+"""What runs on a GPU keeps its tensors together there: checked on a make-believe one, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.utils.backend_registration
+from conftest import save_tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot make a device believe that it is there",
+)
+SETUP = """
+import json, sys
+import make_believe_device as device
+kept = device.register()
+import torch
+given = json.loads(sys.argv[1])
+"""
+REFUSED = """
+a = torch.ones(3, 3, device=device.NAME)
+assert (a @ a.T).sum().item() == 27
+for name, mixed in {
+    "sum": lambda: a + torch.ones(3, 3),
+    "cat": lambda: torch.cat([a, torch.ones(3, 3)]),
+    "index": lambda: torch.ones(3)[torch.tensor([1]).to(device.NAME)],
+    "generator": lambda: torch.randn(3, device=device.NAME, generator=torch.Generator()),
+    "numpy": lambda: a.numpy(),
+}.items():
+    try:
+        mixed()
+    except RuntimeError:
+        continue
+    raise SystemExit(f"{name} was not refused")
+"""
+MERGE = """
+import polymerge
+from polymerge import recipe
+polymerge.merge
+inner = sys.modules["polymerge.merge"]
+for method, changes in given["merges"].items():
+    asked, found = recipe.parse({**given["recipe"], "method": method, **changes}), {}
+    for place in ("cpu", device.NAME):
+        inner.pick_device = lambda _: place
+        found[place] = polymerge.merge(asked, given["out"] + method + place).skills
+    for skill, row in found["cpu"].items():
+        for column in ("owner", "union", "fold"):
+            assert abs(row[column] - found[device.NAME][skill][column]) < 0.01, (method, found)
+"""
+EXPERTS = """
+from polymerge.bench import distil, modular, tasks, train
+arithmetic = tasks.Arithmetic(5, 3)
+spec = modular.spec_of(modular.ExpertPlan("x_plus_y", 1, 8, 2), arithmetic)
+splits = [arithmetic.split(task, 0) for task in ("x_plus_y", "permutation")]
+settings = train.Training(steps=10, batch=8, draws=8)
+a, b = train.together(spec, [train.Study(s.train, s.validation, 0) for s in splits], settings, device=device.NAME)
+lessons = {"x": distil.Lesson(splits[0].train, torch.randn(len(splits[0].train), spec.vocab))}
+few = distil.Distil(steps=2, batch=8, lrs=(1e-3,))
+done = distil.distil(spec, a.weights, lessons, {"x": splits[0].validation}, few, 0, device=device.NAME)
+assert done.weights[0]["q.weight"].device.type == device.NAME
+"""
+SHAPE = {"width": 24, "layers": 2, "heads": 2, "mlp": 16}
+KNOBS = {"ridge": 1e-3, "mute": 0.1, "mute_last": 0.3, "off_gate": 0.1, "off_weight": 0.1, "even": 0.5}
+RIVALS = {
+    "git_rebasin": {"match": "activations"}, "ot_fusion": {}, "orthogonal": {}, "zipit": {}, "regmean": {},
+    "transport_and_merge": {}, "fs_merge": {"steps": 2},
+}  # fmt: skip
+
+
+def run(code, **given):
+    words = [sys.executable, "-c", SETUP + code, json.dumps(given)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device")
+    for name, word in {"prose": "apple pie", "code": "x = y[3]"}.items():
+        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(200)))
+    return folder
+
+
+def merge(folder, families, merges, size):
+    small = {"num_attention_heads": 2, "intermediate_size": 16}
+    for seed, (name, family) in enumerate(families.items()):
+        more = {"num_key_value_heads": 2} if family == "llama" else {}
+        sizes = {"hidden_size": 16 + 8 * seed, "num_hidden_layers": 1 + seed}
+        save_tiny_model(folder / family / name, family, seed=seed, **small, **sizes, **more)
+    experts = {
+        name: {"model": str(folder / family / name), "text": str(folder / f"{name}.txt")}
+        for name, family in families.items()
+    }
+    fold = {"tokens": 320, "length": 16, "refine": 1, **KNOBS}
+    run(
+        MERGE,
+        recipe={"anchor": "prose", "experts": experts, "size": size, "fold": fold},
+        merges=merges,
+        out=str(folder),
+    )
+
+
+def test_the_make_believe_device_refuses_what_cuda_refuses():
+    run(REFUSED)
+
+
+def test_fold_of_two_families_and_healing(folder):
+    heal = {"tokens": 64, "batch_rows": 2, "length": 16}
+    merge(folder, {"prose": "llama", "code": "gpt_neox"}, {"fold": {"heal": heal}}, {**SHAPE, "heads": 3})
+
+
+def test_every_rival(folder):
+    merges = {name: {"options": options} for name, options in RIVALS.items()}
+    merge(folder, {"prose": "llama", "code": "llama"}, merges, {**SHAPE, "width": 32})
+
+
+def test_experts_of_the_benchmark_and_their_distillation():
+    run(EXPERTS)
