@@ -1,7 +1,7 @@
 """The shipped pair as the scripts beside this file use it: folds, padded anchors, healing, test figures."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from polymerge import heal as healing
 from polymerge.bench.methods import holding
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.calibrate.written import with_written
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
 from polymerge.demo.corpus import write_heldout
@@ -41,18 +42,33 @@ class Pair:
     """prose-llama and code-neox in a scratch folder.
 
     `tokens`: of each calibration text, to fold and to heal by; by default 32 k to fold, and all of them to heal.
+    `write`: tokens that each expert adds to them itself; what is asked for is then made from both.
     """
 
-    def __init__(self, folder: Path, seed: int, tokens: int | None = None) -> None:
+    def __init__(self, folder: Path, seed: int, tokens: int | None = None, write: int | None = None) -> None:
         self.folder, self.seed, self.tokens = folder, seed, tokens
-        self.rows = None if tokens is None else tokens // LENGTH
         texts = write_heldout(folder / "text")
         self.sources = {name: Source(path) for name, path in EXPERTS.items()}
         self.sizes = {name: s.parameters for name, s in self.sources.items()}
         self.skills = {name: read_skill(name, [text], seed=seed) for name, text in texts.items()}
         self.tokenizer = load_tokenizer(EXPERTS["prose"])
+        if write:
+            for name, source in self.sources.items():
+                few = replace(self.skills[name], calibration=self._first(self.skills[name].calibration, tokens))
+                self.skills[name] = with_written(few, name, source, self.tokenizer, write, seed=seed)
+            self.tokens = None
+        self.rows = None if self.tokens is None else self.tokens // LENGTH
         self.test = rows_of(self.skills, "test", self.tokenizer, LENGTH, TEST_ROWS)
         self.owners = measure_experts(self.sources, self.test, 0.01, Quiet())
+
+    def _first(self, documents: list[str], tokens: int | None) -> list[str]:
+        """The documents' first tokens, as texts."""
+        kept, left = [], tokens or sum(map(len, documents))
+        for document in documents:
+            ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][:left]
+            left -= len(ids)
+            kept += [self.tokenizer.decode(ids)] if ids else []
+        return kept
 
     def fold(self, size: Any) -> Start:
         """The pair folded at a size as a recipe gives it (its `params` or the whole key)."""

@@ -85,7 +85,12 @@ def test_union_is_a_size():
         ({"method": "flod"}, "no method 'flod'; did you mean 'fold'?"),
         ({"anchor": "c"}, "anchor: 'c' is not among the experts (a, b)"),
         ({"experts": {}}, "experts: "),
-        ({"experts": {"a": {"model": "a", "text": []}}}, "experts.a.text: "),
+        (
+            {"experts": {"a": {"model": "a", "text": []}}},
+            "experts.a: no text; name files of the expert's skill, or set",
+        ),
+        ({"experts": {"a": {"model": "a"}}}, "experts.a: no text; name files"),
+        ({"experts": {"a": {"model": "a", "write": "much"}}}, "'much' is not a count"),
         ({"size": {"params": "1.5y"}}, "size.params: '1.5y' is not a count"),
         ({"size": {"params": "x"}}, "size.params: 'x' is not a multiple"),
         ({"size": {"params": "0x"}}, "size.params: '0x': a model needs more than no parameters"),

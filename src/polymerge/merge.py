@@ -24,6 +24,7 @@ from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.calibrate.written import with_written
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
@@ -142,12 +143,12 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     progress.stage("preflight")
     sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
     tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
-    skills = {k: read_skill(k, e.text, field=e.field, seed=recipe.seed) for k, e in recipe.experts.items()}
     sizes = {k: s.parameters for k, s in sources.items()}
     specs = {k: s.spec for k, s in sources.items()}
     spoken = speech.resolve(recipe, tokenizers, specs)
-    foreign = preflight.foreign_experts(spoken, tokenizers, skills)
     shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes, vocab=spoken.vocab)
+    skills = {k: _skill(recipe, k, source, tokenizers[k], progress) for k, source in sources.items()}
+    foreign = preflight.foreign_experts(spoken, tokenizers, skills)
     report = preflight.check(recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign)
     result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
@@ -157,6 +158,19 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
         told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
         result.report = replace(report, findings=(*report.findings, *told))
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)
+
+
+def _skill(recipe: Recipe, name: str, source: Source, tokenizer: Any, progress: Progress) -> Skill:
+    """An expert's texts: those that are given, those that it writes."""
+    asked, skill = recipe.experts[name], None
+    if asked.text:
+        skill = read_skill(name, asked.text, field=asked.field, seed=recipe.seed)
+    if asked.write is None:
+        assert skill is not None  # the recipe sees to it
+        return skill
+    progress.advance(f"{name} writes {asked.write:,} tokens", 0)
+    with threads.fitting(source.spec.width):
+        return with_written(skill, name, source, tokenizer, asked.write, seed=recipe.seed)
 
 
 @dataclass

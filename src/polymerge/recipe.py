@@ -5,7 +5,7 @@
     tokenizer: prose             # optional: an expert's; or union: the vocabularies of all in one
     experts:
       prose: {model: experts/prose-llama, text: [text/prose.txt]}
-      code:  {model: experts/code-neox,   text: [text/code.txt]}
+      code:  {model: experts/code-neox,   text: [text/code.txt]}   # or write: 64k, and it writes its own
     size: {params: 1.5x}         # times the largest expert; or {width:, layers:, heads:, mlp:}; or union
     heal: {tokens: 400k}         # optional
     dtype: bfloat16
@@ -50,11 +50,15 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """A source model and the texts of its skill (`field`: the key of JSON records)."""
+    """A source model and the texts of its skill (`field`: the key of JSON records).
+
+    `write`: tokens that the expert writes itself, to calibrate by beside the texts, or in place of them.
+    """
 
     model: Path
-    text: list[Path] = Field(min_length=1)
+    text: list[Path] = []
     field: str = "text"
+    write: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +66,12 @@ class Expert(_Strict):
         if isinstance(data, dict) and isinstance(data.get("text"), str):
             return {**data, "text": [data["text"]]}
         return data
+
+    @model_validator(mode="after")
+    def _some_text(self) -> "Expert":
+        if not self.text and self.write is None:
+            raise ValueError("no text; name files of the expert's skill, or set write: 64k and it writes its own")
+        return self
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ NEEDED = 1000  # characters in all; below that no part can tell anything
 
 @dataclass(frozen=True)
 class Skill:
-    """What one expert is good at: documents in three disjoint parts. files: name, sha256, characters."""
+    """What one expert is good at: documents in three disjoint parts.
+
+    files: name, sha256, characters. written: documents among them that the expert wrote itself (`written.py`).
+    """
 
     name: str
     calibration: list[str]
@@ -36,6 +39,7 @@ class Skill:
     test: list[str]
     files: tuple[tuple[str, str, int], ...] = ()
     seed: int = 0
+    written: int = 0
 
     def digest(self) -> str:
         """sha256 over the three parts, document by document."""
@@ -47,6 +51,7 @@ class Skill:
         return {
             "seed": self.seed,
             "digest": self.digest(),
+            "written": self.written,
             "files": [{"name": name, "sha256": digest, "characters": size} for name, digest, size in self.files],
             "parts": {
                 part: {
@@ -75,6 +80,14 @@ def read_skill(name: str, paths: Sequence[Path], *, field: str = "text", seed: i
     return Skill(name, calibration, validation, test, files, seed)
 
 
+def skill_of(name: str, documents: Sequence[str], *, seed: int = 0, written: int = 0) -> Skill:
+    """Documents split as `read_skill` splits them. Raises TextError: too few."""
+    try:
+        return Skill(name, *_deal(_enough(documents), seed), seed=seed, written=written)
+    except TextError as error:
+        raise TextError(f"text of {name!r}: {error}") from error
+
+
 def pairs(paths: Sequence[Path], *, field: str = "text") -> list[tuple[str, str]]:
     """(prompt, answer) of every JSON record that has both, in file order; empty where there are none."""
     return [pair for source in read_sources(paths, field) for pair in source.pairs]
@@ -100,13 +113,18 @@ def _documents(sources: Sequence[Source]) -> list[str]:
         if len(found) >= ENOUGH or block // 2 < SMALLEST:
             break
         block //= 2
-    characters = sum(map(len, found))
-    if characters < NEEDED or len(found) < len(PARTS):
+    return _enough(list(found))
+
+
+def _enough(documents: Sequence[str]) -> list[str]:
+    """The documents, if every part can have some."""
+    characters = sum(map(len, documents))
+    if characters < NEEDED or len(documents) < len(PARTS):
         raise TextError(
-            f"{len(found)} distinct documents with {characters} characters found; {len(PARTS)} and {NEEDED}"
+            f"{len(documents)} distinct documents with {characters} characters found; {len(PARTS)} and {NEEDED}"
             f" are needed to split into {', '.join(PARTS)}: add text"
         )
-    return list(found)
+    return list(documents)
 
 
 def _deal(documents: Sequence[str], seed: int) -> tuple[list[str], list[str], list[str]]:

@@ -166,6 +166,8 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
                 pack(tokenizer, getattr(skill, part), longest, limit=1, bos=bos)
             except TextError as error:
                 raise TextError(f"text of {name!r}, {part} part: {error}") from None
+        if skill.written:
+            yield _written(name, skill)
         found = len(pack(tokenizer, skill.calibration, length, limit=wanted, bos=bos).tokens)
         if healed and found < wanted:
             text = f"{found * length:,} tokens to calibrate on; fold.tokens asks for {recipe.fold.tokens:,}"
@@ -178,6 +180,18 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
                 f"of {other!r}: scores on it will look too good"
             )
             yield Finding("warning", f"{one}: text", text)
+
+
+def _written(name: str, skill: Skill) -> Finding:
+    """What follows from texts that an expert wrote itself."""
+    if skill.files:
+        text = f"{skill.written:,} documents that the expert wrote itself are added to calibrate by"
+        return Finding("approximate", f"{name}: text", text)
+    text = (
+        f"{skill.written:,} documents, all written by the expert itself: scores on them say how well the result "
+        "follows the expert, not how well it reads what others wrote"
+    )
+    return Finding("warning", f"{name}: text", text)
 
 
 def _licences(sources: Mapping[str, Source], anchor: str) -> Iterator[Finding]:
