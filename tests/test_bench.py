@@ -116,6 +116,27 @@ def test_experts_trained_side_by_side_learn_as_they_do_alone():
         torch.testing.assert_close(a.weights[0]["down.weight"], b.weights[0]["down.weight"], atol=1e-4, rtol=1e-3)
 
 
+def test_stacks_hold_what_the_cache_lacks_and_nobody_trains(tmp_path, monkeypatch):
+    near, wide = replace(PLUS, task="x_minus_y"), replace(PLUS, width=2 * PLUS.width)
+    settings = replace(TINY, training=replace(TINY.training, steps=10))
+    orders = [modular.Order(plan, settings, seed, tmp_path) for seed in (0, 1) for plan in (PLUS, near, wide)]
+    stacks = []
+
+    def together(spec, studies, *args, **more):
+        stacks.append((spec.width, len(studies)))
+        return train.together(spec, studies, *args, **more)
+
+    monkeypatch.setattr(modular, "together", together)
+    folder, record = modular.trained(near, settings, 1, cache=tmp_path)
+    assert (folder, record["steps"]) == (orders[4].folder, 10)
+    with held(orders[0].lock):  # another process is at it
+        modular.train_stacks([*orders, *orders], device="cpu")
+    assert stacks == [(PLUS.width, 1), (PLUS.width, 2), (wide.width, 2)]
+    assert [order.record.is_file() for order in orders] == [False, True, True, True, True, True]
+    modular.train_stacks(orders, device="cpu")
+    assert stacks[3:] == [(PLUS.width, 1)]
+
+
 def test_step_val_acc_99_counts_updates_or_says_that_it_never_came():
     split = SMALL.split("x_plus_y", 0, 0.8)
     spec, _ = weights_of(PLUS)

@@ -70,7 +70,8 @@ def written(expert: Source, tokenizer: Any, tokens: int, *, seed: int = 0, texts
 
 def _windows(tokenizer: Any, texts: Sequence[str], generator: torch.Generator) -> Int64[Tensor, "draw begun"]:
     """Tokens from anywhere in the texts."""
-    joined = [t for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for t in ids]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    joined = [token for ids in encoded for token in ids]
     starts = torch.randint(max(1, len(joined) - PROMPT), (BATCH,), generator=generator)
     return torch.tensor(joined)[starts[:, None] + torch.arange(min(PROMPT, len(joined)))]
 
