@@ -90,6 +90,7 @@ def test_union_is_a_size():
             "experts.a: no text; name files of the expert's skill, or set",
         ),
         ({"experts": {"a": {"model": "a"}}}, "experts.a: no text; name files"),
+        ({"experts": {"a": {"model": "a", "write": 0}}}, "experts.a: no text; name files"),
         ({"experts": {"a": {"model": "a", "write": "much"}}}, "'much' is not a count"),
         ({"size": {"params": "1.5y"}}, "size.params: '1.5y' is not a count"),
         ({"size": {"params": "x"}}, "size.params: 'x' is not a multiple"),

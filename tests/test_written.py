@@ -8,9 +8,10 @@ import yaml
 from conftest import BYTES, byte_tokenizer, save_tiny_model
 
 import polymerge
-from polymerge.calibrate.written import PROMPT, with_written, written
-from polymerge.errors import TextError
+from polymerge.calibrate.written import PROMPT, lacking, with_written, written
+from polymerge.errors import CheckpointError, OutputError, TextError
 from polymerge.model.source import Source
+from polymerge.recipe import parse
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,48 @@ def test_a_mute_expert_is_refused(parrot, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(TextError, match="the expert writes nothing; give the skill a text"):
         written(Source(tmp_path), byte_tokenizer(), 100)
+
+
+def test_what_texts_lack_is_counted(tmp_path):
+    from polymerge.calibrate.texts import read_skill
+
+    (tmp_path / "t.txt").write_text("".join(f"dede {i}\n\n" for i in range(400)))
+    skill = read_skill("t", [tmp_path / "t.txt"])
+    have = sum(map(len, skill.calibration))  # a byte is a token
+    assert [lacking(skill, byte_tokenizer(), have + n) for n in (-9, 0, 7)] == [0, 0, 7]
+
+
+def test_a_merge_writes_what_its_texts_lack_unless_told_not_to(tmp_path):
+    save_tiny_model(tmp_path / "a", num_hidden_layers=1)
+    (tmp_path / "a.txt").write_text("".join(f"apple pie {i * i}\n" for i in range(120)))
+    fold = {"length": 16, "tokens": 4000, "refine": 1}
+    recipe = {"method": "fold", "anchor": "a", "size": {"params": "1.0x"}, "fold": fold}
+    said = {}
+    for write, dry in ((None, False), (0, False), (None, True)):
+        data = {**recipe, "experts": {"a": {"model": "a", "text": "a.txt", "write": write}}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+        result = polymerge.merge(tmp_path / "recipe.yaml", tmp_path / f"out-{write}-{dry}", dry_run=dry)
+        said[write, dry] = [f.text for f in result.report.findings if f.subject == "a: text"]
+    assert any("that the expert wrote itself are added" in text for text in said[None, False])
+    assert [text.partition(";")[2] for text in said[0, False]] == [" fold.tokens asks for 4,000"]
+    assert [text.rpartition(";")[2] for text in said[None, True]] == [" the expert will write the rest"]
+
+
+def test_a_damaged_expert_is_told_before_it_writes(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_model(tmp_path / "a", num_hidden_layers=1)
+    weights = load_file(tmp_path / "a/model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, tmp_path / "a/model.safetensors", {"format": "pt"})
+    experts = {"a": {"model": str(tmp_path / "a"), "write": "1k"}}
+    data = {"method": "fold", "anchor": "a", "size": {"params": "1.0x"}, "experts": experts}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        polymerge.merge(parse(data), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        polymerge.merge(parse(data), tmp_path / "out")
 
 
 def test_a_merge_without_any_text(tmp_path):

@@ -24,7 +24,7 @@ from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
-from polymerge.calibrate.written import with_written
+from polymerge.calibrate.written import lacking, with_written
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
@@ -118,7 +118,7 @@ def merge(
     """
     clock, out = Clock(), Path(out)
     with clock("other"), ExitStack() as stack:
-        job = prepare(recipe, out, device, clock, progress or Quiet())
+        job = prepare(recipe, out, device, clock, progress or Quiet(), dry=dry_run)
         if dry_run:
             return job.result
         stack.enter_context(threads.fitting(max(s.spec.width for s in job.sources.values())))
@@ -137,17 +137,20 @@ def merge(
     return job.finished(out)
 
 
-def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, progress: Progress) -> "Job":
+def prepare(
+    recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, progress: Progress, *, dry: bool = False
+) -> "Job":
     """Open everything, plan, and check it all: nothing is written yet. Raises PolymergeError."""
     recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
     progress.stage("preflight")
     sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
+    preflight.check_folders(sources, out)
     tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
     sizes = {k: s.parameters for k, s in sources.items()}
     specs = {k: s.spec for k, s in sources.items()}
     spoken = speech.resolve(recipe, tokenizers, specs)
     shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes, vocab=spoken.vocab)
-    skills = {k: _skill(recipe, k, source, tokenizers[k], progress) for k, source in sources.items()}
+    skills = {k: _skill(recipe, k, source, tokenizers[k], progress, dry=dry) for k, source in sources.items()}
     foreign = preflight.foreign_experts(spoken, tokenizers, skills)
     report = preflight.check(recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign)
     result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
@@ -160,17 +163,20 @@ def prepare(recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, p
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)
 
 
-def _skill(recipe: Recipe, name: str, source: Source, tokenizer: Any, progress: Progress) -> Skill:
-    """An expert's texts: those that are given, those that it writes."""
-    asked, skill = recipe.experts[name], None
+def _skill(recipe: Recipe, name: str, source: Source, tokenizer: Any, progress: Progress, *, dry: bool) -> Skill:
+    """An expert's texts: those that are given, and those that it writes (in a dry run where there are no others)."""
+    asked, skill, tokens = recipe.experts[name], None, recipe.experts[name].write
     if asked.text:
         skill = read_skill(name, asked.text, field=asked.field, seed=recipe.seed)
-    if asked.write is None:
-        assert skill is not None  # the recipe sees to it
-        return skill
-    progress.advance(f"{name} writes {asked.write:,} tokens", 0)
+        if tokens is None and recipe.method != "union":
+            tokens = lacking(skill, tokenizer, recipe.fold.tokens)
+        if dry or not tokens:
+            return skill
+    assert tokens  # the recipe sees to it
+    source.checkpoint.check_finite()
+    progress.advance(f"{name} writes {tokens:,} tokens", 0)
     with threads.fitting(source.spec.width):
-        return with_written(skill, name, source, tokenizer, asked.write, seed=recipe.seed)
+        return with_written(skill, name, source, tokenizer, tokens, seed=recipe.seed)
 
 
 @dataclass

@@ -52,13 +52,14 @@ class _Strict(BaseModel):
 class Expert(_Strict):
     """A source model and the texts of its skill (`field`: the key of JSON records).
 
-    `write`: tokens that the expert writes itself, to calibrate by beside the texts, or in place of them.
+    `write`: tokens that the expert writes itself, to calibrate by beside the texts, or in place of them. By default as
+    many as the texts lack of fold.tokens; 0: none.
     """
 
     model: Path
     text: list[Path] = []
     field: str = "text"
-    write: Count | None = None
+    write: Annotated[int, BeforeValidator(count), Field(ge=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +70,7 @@ class Expert(_Strict):
 
     @model_validator(mode="after")
     def _some_text(self) -> "Expert":
-        if not self.text and self.write is None:
+        if not self.text and not self.write:
             raise ValueError("no text; name files of the expert's skill, or set write: 64k and it writes its own")
         return self
 

@@ -100,15 +100,17 @@ def cases(profile: str) -> list[Case]:
     if profile == "quick":
         # Heads: two layers train soonest, and it is the one difference that mergekit does not refuse.
         tasks, kinds, pairs, budgets = ["x_plus_y"], ["heads"], [("x_div_y", "x_plus_y")], ["sum"]
+        ends: dict[str, int | None] = {"": None}
     else:
         tasks, kinds, budgets = list(TASKS), list(RUNS), ["sum", "largest", "union"]
+        ends = {"": None, "/by-heart": BY_HEART}
         pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
     same = [
         Case(f"same/{task}/{kind}{end}", "same", Detail((expert(task, "base"), expert(task, kind, updates)), run=run))
         for task in tasks
         for kind, run in RUNS.items()
         if kind in kinds
-        for end, updates in (("", None), ("/by-heart", BY_HEART))
+        for end, updates in ends.items()
     ]
     cross = [
         Case(f"cross/{a}+{b}/{kind}/{budget}", "cross", Detail((expert(a, "base"), expert(b, kind)), budget))

@@ -34,6 +34,16 @@ def with_written(
     return replace(skill, calibration=[*skill.calibration, *documents], written=len(documents))
 
 
+def lacking(skill: Skill, tokenizer: Any, tokens: int) -> int:
+    """How many of so many calibration tokens the texts do not have."""
+    found = 0
+    for document in skill.calibration:
+        found += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        if found >= tokens:
+            return 0
+    return tokens - found
+
+
 @torch.no_grad()
 def written(expert: Source, tokenizer: Any, tokens: int, *, seed: int = 0, texts: Sequence[str] = ()) -> list[str]:
     """Distinct documents with about `tokens` tokens in all, the same for the same seed; `texts`: to go on from.

@@ -26,7 +26,7 @@ from polymerge.preflight.translation import translation_findings
 from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
 from polymerge.recipe import Recipe
 
-__all__ = ["Finding", "Level", "Report", "check", "foreign_experts", "translation_findings"]
+__all__ = ["Finding", "Level", "Report", "check", "check_folders", "foreign_experts", "translation_findings"]
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 
@@ -60,11 +60,7 @@ def check(
         TextError: a part of a text has less than a row of tokens.
         PreflightError: the sources cannot be merged as asked.
     """
-    if out is not None:
-        check_free(out)
-    for source in sources.values():
-        source.checkpoint.check()
-        _check_tokenizer_files(source)
+    check_folders(sources, out)
     specs = {name: source.spec for name, source in sources.items()}
     _check_lengths(recipe, sources)
     speech = resolve(recipe, tokenizers, specs) if speech is None else speech
@@ -94,6 +90,15 @@ def check(
         require_space(out, cost.disk_bytes)
     kinds = {name: _describe(source) for name, source in sources.items()}
     return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.seconds, kinds)
+
+
+def check_folders(sources: Mapping[str, Source], out: Path | None) -> None:
+    """What must be right before anything is read: `out` is free, sources are whole. Raises as `check` does."""
+    if out is not None:
+        check_free(out)
+    for source in sources.values():
+        source.checkpoint.check()
+        _check_tokenizer_files(source)
 
 
 def _describe(source: Source) -> str:
@@ -171,6 +176,7 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
         found = len(pack(tokenizer, skill.calibration, length, limit=wanted, bos=bos).tokens)
         if healed and found < wanted:
             text = f"{found * length:,} tokens to calibrate on; fold.tokens asks for {recipe.fold.tokens:,}"
+            text += "; the expert will write the rest" if recipe.experts[name].write is None else ""
             yield Finding("warning", f"{name}: text", text)
     for one, other in permutations(texts, 2):
         leaked = shared_documents(texts[one], texts[other])
@@ -185,7 +191,7 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
 def _written(name: str, skill: Skill) -> Finding:
     """What follows from texts that an expert wrote itself."""
     if skill.files:
-        text = f"{skill.written:,} documents that the expert wrote itself are added to calibrate by"
+        text = f"{skill.written:,} documents that the expert wrote itself are added to calibrate by (write: 0 for none)"
         return Finding("approximate", f"{name}: text", text)
     text = (
         f"{skill.written:,} documents, all written by the expert itself: scores on them say how well the result "
