@@ -249,8 +249,9 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, mon
     assert trials[-1]["rows"] > trials[-2]["rows"]
 
 
-def test_wider_shapes_are_tried_refined_while_they_gain(save_model, tmp_path, monkeypatch):
-    losses = {16: 3.0, 24: 2.0, 32: 1.0, 40: 1.5, 48: 0.1}
+@pytest.mark.parametrize(("closed", "asked"), [(16, [16, 24, 32, 40]), (40, [40, 48, 32, 24]), (32, [32, 40, 24])])
+def test_the_next_shapes_are_tried_refined_while_they_gain(save_model, tmp_path, monkeypatch, closed, asked):
+    losses = {16: 3.0, 24: 2.0, 32: 1.0, 40: 1.5, 48: 1.6}
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
     data = texts(2, rows=12)
     family, (one,) = shape(pair, width=24, heads=3, mlp=24)
@@ -258,7 +259,7 @@ def test_wider_shapes_are_tried_refined_while_they_gain(save_model, tmp_path, mo
 
     class Trial:
         def __init__(self, _experts, spec, _texts, _bases, _knobs, refine, **_options):
-            self.found = [losses[spec.width] if refine.steps else float(spec.width), 0.05]  # few rows: the narrowest
+            self.found = [losses[spec.width] if refine.steps else 10.0 + abs(spec.width - closed), 0.05]
 
         def run(self, _emit):
             return self.found
@@ -266,7 +267,7 @@ def test_wider_shapes_are_tried_refined_while_they_gain(save_model, tmp_path, mo
     monkeypatch.setattr(folding, "LayerFold", Trial)
     choice = folding.choose(pair, family, shapes, data, folding.bases_of(pair, data, 0), recipe.Fold())
     assert choice.target.width == 32
-    assert [t["width"] for t in choice.trials if t["worst"] in losses.values()] == [16, 24, 32, 40]
+    assert [t["width"] for t in choice.trials if t["worst"] in losses.values()] == asked
     assert choice.balance == _refine.balanced([1.0, 0.05], folding.BALANCE_MOST)
 
 

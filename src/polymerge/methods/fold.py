@@ -128,9 +128,9 @@ def choose(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Choice:
-    """Shape and knobs by the worst skill of closed-form folds of a few rows; wider shapes and balance by refined ones.
+    """Shape and knobs by the worst skill of closed-form folds of a few rows; shape again, and balance, by refined ones.
 
-    Few rows speak for narrow shapes, since wide ones take more to be solved: so wider ones are tried again with more
+    Few rows in closed form miss the best width by one or two, on either side: so the next ones are tried with more
     rows and refined, while they gain. How the experts lag behind each other shows only then, too: what few rows cost in
     closed form is another thing, and the expert that pays more of it may be the other one.
     """
@@ -157,13 +157,24 @@ def choose(
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
     more = texts.subset(REFINED_ROWS, REFINED_HELD_OUT)
     refined = Refine(min(REFINED_STEPS, settings.refine), lr=settings.refine_lr, head_steps=TRIAL_HEAD_STEPS)
-    lag = tried(target, knobs, more, refined)
-    for wider in shapes[shapes.index(target) + 1 :]:
-        found = tried(wider, knobs, more, refined)
-        if max(found) >= BETTER * max(lag):
+    at, lag = walk(shapes, shapes.index(target), lambda spec: tried(spec, knobs, more, refined), BETTER)
+    return Choice(shapes[at], knobs, balanced(lag, BALANCE_MOST), trials)
+
+
+def walk(
+    shapes: Sequence[Spec], at: int, tried: Callable[[Spec], list[float]], better: float = 1.0
+) -> tuple[int, list[float]]:
+    """From shape `at` to the bottom of the one valley that the worst loss makes over width, and the losses there.
+
+    Wider first; narrower where the first wider shape is not `better` times as bad. `tried`: a loss for each expert.
+    """
+    best, start = tried(shapes[at]), at
+    for step in (1, -1):
+        while 0 <= at + step < len(shapes) and max(found := tried(shapes[at + step])) < better * max(best):
+            best, at = found, at + step
+        if at != start:
             break
-        target, lag = wider, found
-    return Choice(target, knobs, balanced(lag, BALANCE_MOST), trials)
+    return at, best
 
 
 def search(
@@ -178,14 +189,7 @@ def search(
     One valley over width, walked down from the middle; then each knob's other values, one knob at a time. A knob's
     change stays if the worst gains by more than the noise. `dealt`: how a shape's width is shared at these knobs.
     """
-    at = len(shapes) // 2
-    best = tried(shapes[at], knobs)
-    for step in (1, -1):
-        start = at
-        while 0 <= at + step < len(shapes) and max(found := tried(shapes[at + step], knobs)) < max(best):
-            best, at = found, at + step
-        if at != start:
-            break
+    at, best = walk(shapes, len(shapes) // 2, lambda spec: tried(spec, knobs))
     target = shapes[at]
     for name, values in grids.items():
         for value in values:

@@ -97,7 +97,7 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     moments = target.layers * (3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads))
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
     knobs = sum(getattr(recipe.fold, name) is None for name in GRIDS)
-    refined = 1 + (len(plan.shapes) > 1)
+    refined = min(3, len(plan.shapes))  # the one that few rows chose, and a neighbour on each side
     rows = (1 + len(plan.shapes) // 2 + knobs) * (TRIAL_ROWS + TRIAL_HELD_OUT)
     rows += refined * (REFINED_ROWS + REFINED_HELD_OUT)
     trials = k * rows * recipe.fold.length if k > 1 else 0
