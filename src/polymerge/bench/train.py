@@ -189,6 +189,7 @@ def together(
     """Train decoders of one shape side by side, as one stack of weights: on a GPU a dozen take the time of one.
 
     Each learns as it would alone, from its own rows and seed; one that has learned enough is put by, the others go on.
+    The seconds of each are those of the whole stack until then.
     """
     generators = [torch.Generator().manual_seed(one.seed) for one in studies]
     weights = to(_stacked([initial(spec, generator) for generator in generators]), device)
