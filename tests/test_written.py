@@ -108,6 +108,24 @@ def test_a_merge_writes_what_its_texts_lack_unless_told_not_to(tmp_path):
     assert [text.rpartition(";")[2] for text in said[None, True]] == [" the expert will write the rest"]
 
 
+def test_an_experts_own_writing_does_not_make_it_an_owner(parrot, tmp_path):
+    from dataclasses import replace
+
+    from polymerge.calibrate.texts import read_skill
+    from polymerge.readers import calibrate
+
+    other = Source(save_tiny_model(tmp_path / "other", num_hidden_layers=1))
+    (tmp_path / "t.txt").write_text("".join(f"dede{'edde' * (i % 90)}\n\n" for i in range(400)))
+    real = read_skill("t", [tmp_path / "t.txt"])
+    theirs = replace(real, calibration=["apple pie " * 40] * 9, written=9)  # which the parrot reads worse
+    experts, skills = {"parrot": parrot, "other": other}, {"parrot": real, "other": theirs}
+    data = {"method": "fold", "anchor": "parrot", "fold": {"length": 16, "tokens": 320}}
+    asked = parse({**data, "experts": {name: {"model": "-", "text": "-"} for name in experts}})
+    own = calibrate(asked, experts, {k: replace(s, written=0) for k, s in skills.items()}, byte_tokenizer())[1]
+    assert own == {"parrot": "parrot", "other": "other"}
+    assert calibrate(asked, experts, skills, byte_tokenizer())[1] == {"parrot": "parrot", "other": "parrot"}
+
+
 def test_a_damaged_expert_is_told_before_it_writes(tmp_path):
     from safetensors.torch import load_file, save_file
 

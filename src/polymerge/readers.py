@@ -60,7 +60,10 @@ def calibrate(
     rows = max(1, fold.tokens // fold.length)
     fitted = list(rows_of(skills, "calibration", tokenizer, fold.length, rows).values())
     held_out = list(rows_of(skills, "validation", tokenizer, fold.length, HELD_OUT_ROWS).values())
-    best = best_experts(fitted, experts) if judge else list(range(len(names)))
+    judged = (
+        held_out if any(skill.written for skill in skills.values()) else fitted
+    )  # nobody reads an expert as it does
+    best = best_experts(judged, experts) if judge else list(range(len(names)))
     part = sorted(set(best))
     texts = gather(
         fitted,
