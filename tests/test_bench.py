@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from polymerge import bench
-from polymerge.bench import board, machine, methods, modular, runner, train
+from polymerge.bench import answers, board, machine, methods, modular, runner, train
 from polymerge.bench.distil import Distil, Lesson, distil
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
@@ -38,7 +38,7 @@ MINUS = modular.ExpertPlan("x_minus_y", 2, 48, 3, share=0.8)
 
 def weights_of(plan):
     spec = modular.spec_of(plan, SMALL)
-    return spec, train.initial(spec, torch.Generator().manual_seed(0))
+    return spec, answers.initial(spec, torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------------- tasks and trainer
@@ -78,7 +78,7 @@ def test_prefix_deduplication_gives_the_loss_and_gradients_of_the_plain_pass(pla
     for deduplicated in (True, False):
         weights = train.to(start, "cpu")
         if deduplicated:
-            logits = train.answers(spec, weights, rows)
+            logits = answers.answers(spec, weights, rows)
         else:
             x = decoder.embed(spec, weights[None], rows[:, :3])
             for layer in range(spec.layers):
@@ -153,9 +153,9 @@ def test_distillation_never_ends_below_its_start():
     spec, start = weights_of(PLUS)
     rows = SMALL.rows("x_plus_y")
     noise = torch.randn(len(rows), spec.vocab, generator=torch.Generator().manual_seed(1))
-    before = train.measure(spec, start, rows)[0].float().mean()
+    before = answers.measure(spec, start, rows)[0].float().mean()
     done = distil(spec, start, {"x": Lesson(rows, noise)}, {"x": rows}, Distil(steps=4, lrs=(1e-2, 1.0), every=2), 0)
-    assert train.measure(spec, done.weights, rows)[0].float().mean() >= before
+    assert answers.measure(spec, done.weights, rows)[0].float().mean() >= before
     assert done.curve[0]["step"] == 0
     assert sorted(done.trials) == ["0.01", "1"]
 

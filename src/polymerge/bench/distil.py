@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from polymerge.bench.train import Weights, answers, copy, measure, to
+from polymerge.bench.answers import Weights, answers, measure
+from polymerge.bench.train import copy, to
 from polymerge.model.spec import Spec
 from polymerge.teachers import uses_bfloat16
 

@@ -18,7 +18,7 @@ from polymerge import methods as package
 from polymerge import plan as planning
 from polymerge._suggest import unknown
 from polymerge.bench import peer
-from polymerge.bench.train import Weights
+from polymerge.bench.answers import Weights
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PolymergeError, PreflightError
 from polymerge.model.source import Source

@@ -12,12 +12,12 @@ from torch import Tensor
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
+from polymerge.bench.answers import Weights, initial
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.flops import Products
 from polymerge.bench.fuse import fused
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
-from polymerge.bench.train import Weights, initial
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad

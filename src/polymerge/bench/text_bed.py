@@ -12,12 +12,12 @@ from torch import Tensor
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
+from polymerge.bench.answers import Weights
 from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.text import Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
-from polymerge.bench.train import Weights
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.errors import PreflightError

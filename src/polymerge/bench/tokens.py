@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polymerge.align.width import Basis, allot, residual_basis
-from polymerge.bench.train import Weights
+from polymerge.bench.answers import Weights
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.checkpoint.writer import CheckpointWriter
