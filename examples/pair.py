@@ -83,7 +83,7 @@ class Pair:
         with CheckpointWriter(folder) as writer:
             done = folding.fold(
                 list(self.sources.values()), shapes.family, shapes.shapes,
-                calibrate(asked, self.sources, self.skills, self.tokenizer)[0], asked.fold,
+                calibrate(asked, self.sources, self.skills, self.tokenizer)[0], folding.Settings.of(asked.fold),
                 emit=lambda target: sink(shapes.family, target, writer), seed=self.seed, clock=clock,
             )  # fmt: skip
             self._finish(writer, shapes.family, done.choice.target)

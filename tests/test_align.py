@@ -78,8 +78,14 @@ def test_depth_map_increases_strictly_from_the_first_to_the_last_and_evenly(laye
     assert max(steps) - min(steps) <= 1
 
 
-def test_depth_map_of_one_layer_is_the_middle():
-    assert depth.spread(1, 5) == (2,)
+@pytest.mark.parametrize(("layers", "target", "hosts"), [(2, 4, (1, 3)), (3, 6, (1, 3, 5)), (4, 4, (0, 1, 2, 3))])
+def test_centred_depth_map_takes_the_middle_of_equal_shares(layers, target, hosts):
+    assert depth.spread(layers, target, "centred") == hosts
+
+
+@pytest.mark.parametrize("rule", ["ends", "centred"])
+def test_depth_map_of_one_layer_is_the_middle(rule):
+    assert depth.spread(1, 5, rule) == (2,)
 
 
 def test_depth_map_refuses_fewer_layers():

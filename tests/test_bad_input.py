@@ -34,6 +34,7 @@ KNOBS = {
     "off_gate": 0.0,
     "off_weight": 0.3,
     "even": 0.0,
+    "hosts": "ends",
 }  # given: no trials
 RECIPE = {
     "method": "fold",

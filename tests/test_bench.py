@@ -20,8 +20,8 @@ from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
 from polymerge.bench.rows import Row, Store, summarise
 from polymerge.bench.tasks import TASKS, Arithmetic
-from polymerge.bench.tokens import TokenFold
 from polymerge.errors import OutputError, PolymergeError, PreflightError
+from polymerge.methods import fold as folding
 from polymerge.methods._refine import Refine
 from polymerge.model import decoder
 
@@ -29,7 +29,9 @@ SMALL = Arithmetic(modulus=7, degree=3)
 TINY = modular.Settings(
     arithmetic=SMALL,
     training=train.Training(steps=200, lr=3e-3, weight_decay=0.0, warmup=10, batch=64, draws=64, enough=20),
-    fold=TokenFold(basis_rows=64, trial_rows=32, trial_held_out=8, refine=Refine(steps=4, rows=16, head_steps=4)),
+    fold=folding.Settings(
+        refine=Refine(steps=4, rows=16, head_steps=4), trials=folding.Trials(32, 8, 32, 8), basis_rows=64, batch=64
+    ),
     distil=Distil(steps=4, batch=16, lrs=(1e-3,), every=2),
 )
 PLUS = modular.ExpertPlan("x_plus_y", 1, 32, 2, share=0.8)

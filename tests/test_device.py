@@ -63,7 +63,9 @@ done = distil.distil(spec, a.weights, lessons, {"x": splits[0].validation}, few,
 assert done.weights[0]["q.weight"].device.type == device.NAME
 """
 SHAPE = {"width": 24, "layers": 2, "heads": 2, "mlp": 16}
-KNOBS = {"ridge": 1e-3, "mute": 0.1, "mute_last": 0.3, "off_gate": 0.1, "off_weight": 0.1, "even": 0.5}
+KNOBS = {
+    "ridge": 1e-3, "mute": 0.1, "mute_last": 0.3, "off_gate": 0.1, "off_weight": 0.1, "even": 0.5, "hosts": "ends"
+}  # fmt: skip
 RIVALS = {
     "git_rebasin": {"match": "activations"}, "ot_fusion": {}, "orthogonal": {}, "zipit": {}, "regmean": {},
     "transport_and_merge": {}, "fs_merge": {"steps": 2},

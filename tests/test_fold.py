@@ -54,7 +54,7 @@ def shape(experts, family="mistral", **size):
 
 def folded_logits(experts, family, target, data, knobs=EXACT, refine=NO_REFINE):
     weights: dict = {}
-    bases = folding.bases_of(experts, data, 0)
+    bases = folding.bases_of(experts, data, folding.Settings())
     run = LayerFold(experts, target, data, bases, knobs, refine, bias=family.bias)
     excess = run.run(lambda layer, w: weights.setdefault(layer, {}).update(w))
     x = decoder.embed(target, weights[None], data.tokens)
@@ -234,19 +234,33 @@ def test_the_same_seed_gives_the_same_bytes(save_model, tmp_path):
             assert torch.equal(once[layer][role], again[layer][role])
 
 
-def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(folding, "TRIAL_ROWS", 4)
+def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
+    asked = folding.Settings.of(recipe.Fold(ridge=1e-3, mute=0.2))
+    settings = replace(asked, trials=folding.Trials(rows=4))
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
     data = texts(2, rows=12)
     family, shapes = shape(pair, width=24, heads=3, mlp=24)
-    bases = folding.bases_of(pair, data, 0)
-    choice = folding.choose(pair, family, shapes, data, bases, recipe.Fold(ridge=1e-3, mute=0.2))
+    bases = folding.bases_of(pair, data, settings)
+    choice = folding.choose(pair, family, shapes, data, bases, settings)
     knobs, trials = choice.knobs, choice.trials
     assert (knobs.ridge, knobs.mute) == (1e-3, 0.2)
     assert {t["off_gate"] for t in trials} == {0.0, 2.0}
     assert {t["ridge"] for t in trials} == {1e-3}
+    assert {t["hosts"] for t in trials} == {"ends"}, "experts of one depth have one map"
     assert choice.balance == _refine.balanced(trials[-1]["excess"], folding.BALANCE_MOST)
     assert trials[-1]["rows"] > trials[-2]["rows"]
+
+
+def test_both_depth_maps_are_tried_where_an_expert_is_shallower(save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", num_hidden_layers=5)]
+    data = texts(2, rows=12)
+    family, shapes = shape(pair, width=24, heads=3, mlp=24)
+    settings = folding.Settings(refine=NO_REFINE)
+    choice = folding.choose(pair, family, shapes, data, folding.bases_of(pair, data, settings), settings)
+    first, other = choice.trials[:2]
+    assert (first["hosts"], other["hosts"]) == ("ends", "centred")
+    assert first["excess"] != other["excess"]
+    assert choice.knobs.hosts == ("centred" if other["worst"] < folding.BETTER * first["worst"] else "ends")
 
 
 @pytest.mark.parametrize(("closed", "asked"), [(16, [16, 24, 32, 40]), (40, [40, 48, 32, 24]), (32, [32, 40, 24])])
@@ -265,7 +279,9 @@ def test_the_next_shapes_are_tried_refined_while_they_gain(save_model, tmp_path,
             return self.found
 
     monkeypatch.setattr(folding, "LayerFold", Trial)
-    choice = folding.choose(pair, family, shapes, data, folding.bases_of(pair, data, 0), recipe.Fold())
+    settings = folding.Settings(refine=Refine(lr=2e-3))
+    bases = folding.bases_of(pair, data, settings)
+    choice = folding.choose(pair, family, shapes, data, bases, settings)
     assert choice.target.width == 32
     assert [t["width"] for t in choice.trials if t["worst"] in losses.values()] == asked
     assert choice.balance == _refine.balanced([1.0, 0.05], folding.BALANCE_MOST)

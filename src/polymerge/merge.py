@@ -62,7 +62,7 @@ class MergeResult:
     expert_parameters: dict[str, int]
     shape: dict[str, Any] = field(default_factory=dict)
     skills: dict[str, dict[str, Any]] = field(default_factory=dict)
-    knobs: dict[str, float] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, float] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
     knob_trials: list[dict[str, Any]] = field(default_factory=list)
@@ -281,7 +281,7 @@ class Job:
             family,
             self.shapes.shapes,
             texts,
-            self.recipe.fold,
+            folding.Settings.of(self.recipe.fold),
             emit=begin,
             seed=seed,
             clock=self.clock,

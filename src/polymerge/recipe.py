@@ -126,7 +126,7 @@ class Union(_Strict):
 
 
 class Fold(_Strict):
-    """Calibration and solver of the fold; the six knobs are chosen on held-out text unless given."""
+    """Calibration and solver of the fold; the seven knobs are chosen on held-out text unless given."""
 
     tokens: Count = 32_000
     length: int = Field(128, ge=8)
@@ -139,6 +139,7 @@ class Fold(_Strict):
     off_gate: float | None = Field(None, ge=0)
     off_weight: float | None = Field(None, ge=0)
     even: float | None = Field(None, ge=0, le=1)
+    hosts: Literal["ends", "centred"] | None = None
 
 
 def healing(value: object) -> object:

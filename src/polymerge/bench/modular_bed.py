@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
+from polymerge.methods import fold as folding
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -28,6 +29,15 @@ FAMILY = "mistral"
 """Of the results: a Llama decoder without the rule that heads divide the width."""
 CLOSE = 0.01
 """Experts this near to the best at a task, on validation pairs, own its rows together with it."""
+
+
+class Folded(NamedTuple):
+    """A fold: its choice, KL in nats that each expert's held-out rows lost, its weights and operations."""
+
+    choice: folding.Choice
+    lost: list[float]
+    weights: Weights
+    flops: int
 
 
 class ModularBed:
@@ -134,17 +144,17 @@ class ModularBed:
 
     def fold(self) -> Outcome:
         """Closed form only."""
-        (folded, flops), cost = self._folded()
-        return self._outcome(folded.target, folded.weights, reused=cost, flops=flops, extra={
-            "knobs": vars(folded.knobs), "balance": folded.balance, "divergence": folded.divergence,
-            "trials": folded.trials,
+        folded, cost = self._folded()
+        return self._outcome(folded.choice.target, folded.weights, reused=cost, flops=folded.flops, extra={
+            "knobs": vars(folded.choice.knobs), "balance": folded.choice.balance, "divergence": folded.lost,
+            "trials": folded.choice.trials,
         })  # fmt: skip
 
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
-        (folded, flops), cost = self._folded()
-        outcome = self._distilled(folded.target, folded.weights, cost)
-        outcome.flops = (outcome.flops or 0) + flops
+        folded, cost = self._folded()
+        outcome = self._distilled(folded.choice.target, folded.weights, cost)
+        outcome.flops = (outcome.flops or 0) + folded.flops
         return outcome
 
     # ------------------------------------------------------------------ controls
@@ -163,10 +173,11 @@ class ModularBed:
 
     def anchor_distill_more(self) -> Outcome:
         """The fold's operations spent on steps."""
-        (folded, spent), _ = self._folded()
+        folded, _ = self._folded()
         settings = self.settings.distil
-        once = self._training(plan.parameters(self.family, folded.target), settings.steps)
-        return self._distilled_anchor(self.lessons(), steps=settings.steps + round(settings.steps * spent / once))
+        once = self._training(plan.parameters(self.family, folded.choice.target), settings.steps)
+        more = round(settings.steps * folded.flops / once)
+        return self._distilled_anchor(self.lessons(), steps=settings.steps + more)
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
@@ -179,31 +190,31 @@ class ModularBed:
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
-        (folded, _), _ = self._folded()
-        return self._distilled(folded.target, initial(folded.target, torch.Generator().manual_seed(self.seed)))
+        target = self._folded()[0].choice.target
+        return self._distilled(target, initial(target, torch.Generator().manual_seed(self.seed)))
 
     def shrink(self) -> Outcome:
         """One expert, folded into the shape that the fold of all took."""
-        (folded, _), _ = self._folded()
-        return self._plain_fold(self.experts[:1], self.texts([0], self.good), folded.target)
+        folded, _ = self._folded()
+        return self._plain_fold(self.experts[:1], self.texts([0], self.good), folded.choice.target)
 
     def placebo(self) -> Outcome:
         """All but the anchor shuffled."""
-        (folded, _), _ = self._folded()
+        folded, _ = self._folded()
         experts = []
         for k in self.part:
             folder = self._scratch / f"shuffled-{k}"
             path = modular.shuffled(self.experts[k].path, folder, self.seed + k) if k else self.experts[k].path
             experts.append(modular.opened(path, self.device))
-        return self._plain_fold(experts, self.texts(self.part, self.good), folded.target)
+        return self._plain_fold(experts, self.texts(self.part, self.good), folded.choice.target)
 
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows; every expert speaks for the task that it was trained on."""
-        (folded, _), _ = self._folded()
+        folded, _ = self._folded()
         everyone = range(len(self.experts))
         make = table.merged_by(method, self.experts, 0, self.texts(everyone, self.meant), self.seed)
         with Products() as products:
-            target, weights, note = fitting(make, folded.target, [e.spec for e in self.experts], self.family)
+            target, weights, note = fitting(make, folded.choice.target, [e.spec for e in self.experts], self.family)
         outcome = self._outcome(target, weights, flops=products.flops)
         outcome.notes = note
         return outcome
@@ -216,22 +227,23 @@ class ModularBed:
 
     # ------------------------------------------------------------------ parts
 
-    def _fold(self) -> tuple[tokens.FoldedTokens, int]:
-        """(the fold, its operations)."""
+    def _fold(self) -> Folded:
         self.progress("fold")
-        return self._counted([self.experts[k] for k in self.part], self.texts(self.part, self.good), self.shapes())
+        return self._made([self.experts[k] for k in self.part], self.texts(self.part, self.good), self.shapes())
 
-    def _counted(
-        self, experts: Sequence[Source], texts: Calibration, shapes: Sequence[Spec]
-    ) -> tuple[tokens.FoldedTokens, int]:
+    def _made(self, experts: Sequence[Source], texts: Calibration, shapes: Sequence[Spec]) -> Folded:
+        parts: list[tuple[int | None, dict[str, Tensor]]] = []
         with Products() as products:
-            done = tokens.fold_tokens(experts, self.family, shapes, texts, self.settings.fold, self.seed)
-        return done, products.flops
+            done = folding.fold(
+                experts, self.family, shapes, texts, self.settings.fold, seed=self.seed, progress=self.progress,
+                emit=lambda _: lambda layer, some: parts.append((layer, some)),
+            )  # fmt: skip
+        return Folded(done.choice, done.excess, gathered(parts), products.flops)
 
     def _plain_fold(self, experts: Sequence[Source], texts: Calibration, target: Spec) -> Outcome:
         """A fold of other experts in the shape that the fold took."""
-        done, flops = self._counted(experts, texts, [target])
-        return self._outcome(done.target, done.weights, flops=flops)
+        folded = self._made(experts, texts, [target])
+        return self._outcome(folded.choice.target, folded.weights, flops=folded.flops)
 
     def _training(self, parameters: int, steps: int) -> int:
         """Operations of a distillation at every learning rate."""
@@ -251,12 +263,12 @@ class ModularBed:
 
     def _distilled_anchor(self, lessons: Mapping[str, Lesson], steps: int | None = None) -> Outcome:
         """The padded anchor, distilled."""
-        (folded, _), _ = self._folded()
+        folded, _ = self._folded()
 
         def padded(target: Spec) -> Weights:
             return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
 
-        target, weights, note = fitting(padded, folded.target, [self.experts[0].spec], self.family)
+        target, weights, note = fitting(padded, folded.choice.target, [self.experts[0].spec], self.family)
         outcome = self._distilled(target, weights, lessons=lessons, steps=steps)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome

@@ -238,14 +238,14 @@ class TextBed:
 
     def _folded_alone(
         self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
-    ) -> tuple[Path, dict[str, float], int]:
+    ) -> tuple[Path, dict[str, Any], int]:
         """A fold of these experts into one shape, nothing else tried: its folder, knobs and operations."""
         parts: list[tuple[int | None, dict[str, Tensor]]] = []
         with Products() as products:
             texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
             done = folding.fold(
-                list(experts.values()), self.family, [target], texts, self.recipe.fold, seed=self.seed,
-                emit=lambda _: lambda layer, some: parts.append((layer, some)),
+                list(experts.values()), self.family, [target], texts, folding.Settings.of(self.recipe.fold),
+                seed=self.seed, emit=lambda _: lambda layer, some: parts.append((layer, some)),
             )  # fmt: skip
         return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs), products.flops
 

@@ -28,13 +28,13 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Knobs:
-    """The six numbers of the fold.
+    """The seven knobs of the fold.
 
     `ridge` λ, relative to the mean of the Gram diagonal; `mute` μ, the weight of silence where an expert does not own
     the position; `mute_last`, the same after the last MLP: the head reads every slice, and what another expert says is
     as wrong there as an error of the owner's; `off_gate` M: the gate is −M where an expert does not own the position;
     `off_weight`, the weight of that target; `even`, the part of the stream's dimensions that is dealt out by the
-    experts' widths and not by score.
+    experts' widths and not by score; `hosts`, the rule by which the layers of a shallower expert are placed.
     """
 
     ridge: float = 1e-4
@@ -43,6 +43,7 @@ class Knobs:
     off_gate: float = 0.0
     off_weight: float = 0.1
     even: float = 0.0
+    hosts: str = "ends"
 
 
 class LayerFold:
@@ -69,7 +70,7 @@ class LayerFold:
         self.refine, self.bias, self.batch, self.progress = refine, bias, batch, progress
         self.device, self.dtype = experts[0].device, experts[0].dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self.hosts = [depth.spread(e.spec.layers, target.layers) for e in experts]
+        self.hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)
@@ -92,7 +93,7 @@ class LayerFold:
 
     @torch.no_grad()
     def run(self, emit: Emit) -> list[float]:
-        """Fold; held-out excess of each skill over its owner, in bits per byte."""
+        """Fold; what each expert's held-out rows lost (`_judge.lag`)."""
         with self.clock("fold"):
             emit(None, {"embed.weight": self.embeddings()})
             last = self.target.layers - 1
@@ -109,7 +110,7 @@ class LayerFold:
                 self._pass(before, weights)
             emit(last, weights)
             emit(None, outer)
-            return _judge.excess(self, outer["head.weight"])
+            return _judge.lag(self, outer["head.weight"])
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One target layer: attention, MLP, then both refined together."""

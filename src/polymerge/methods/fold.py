@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polymerge.align import depth
 from polymerge.align.width import Basis, allot, residual_basis
 from polymerge.calibrate.calibration import Calibration
 from polymerge.clock import Clock
@@ -33,14 +34,12 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 from polymerge.recipe import Fold
 
-BASIS_ROWS = 64
-TRIAL_ROWS, TRIAL_HELD_OUT, TRIAL_HEAD_STEPS = 16, 12, 20
-REFINED_ROWS, REFINED_HELD_OUT, REFINED_STEPS = 64, 32, 20
 BALANCE_MOST = 4.0
 """What one expert gains by more is less than what the others lose."""
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
-GRIDS: dict[str, tuple[float, ...]] = {
+GRIDS: dict[str, tuple[Any, ...]] = {
+    "hosts": ("centred",),
     "even": (0.5, 1.0),
     "off_gate": (2.0,),
     "mute": (0.1,),
@@ -49,6 +48,40 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "ridge": (1e-3,),
 }
 """Values tried for each knob beside its start, in this order; the start is `Knobs()`."""
+DEALT = ("hosts", "even")
+"""Knobs that may deal out the same at both values."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Rows of each expert, fitted and held out, by which shapes and knobs are tried.
+
+    In closed form first, then as many refined ones as shapes gain, a block by `steps` at most.
+    """
+
+    rows: int = 16
+    held_out: int = 12
+    refined_rows: int = 64
+    refined_held_out: int = 32
+    steps: int = 20
+    head_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a fold is solved: knobs that are `given`, the others are chosen; `batch` rows on the device at once."""
+
+    given: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    refine: Refine = field(default_factory=Refine)
+    trials: Trials = field(default_factory=Trials)
+    basis_rows: int = 64
+    batch: int = 32
+
+    @classmethod
+    def of(cls, asked: Fold) -> "Settings":
+        """What a recipe asks for."""
+        given = {name: getattr(asked, name) for name in GRIDS if getattr(asked, name) is not None}
+        return cls(given, Refine(steps=asked.refine, lr=asked.refine_lr, head_steps=asked.refine))
 
 
 @dataclass(frozen=True)
@@ -66,7 +99,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Folded:
-    """What a fold did. `excess`: held-out bits per byte over each owner."""
+    """What a fold did. `excess`: what each expert's held-out rows lost, as `_judge.lag` measures it."""
 
     choice: Choice
     excess: list[float]
@@ -77,7 +110,7 @@ def fold(
     family: Family,
     shapes: Sequence[Spec],
     texts: Calibration,
-    settings: Fold,
+    settings: Settings,
     *,
     emit: Callable[[Spec], Emit],
     seed: int = 0,
@@ -91,7 +124,7 @@ def fold(
     """
     clock = clock or Clock()
     with clock("basis"):
-        bases = bases_of(experts, texts, seed)
+        bases = bases_of(experts, texts, settings, seed)
     with clock("choose"):
         choice = choose(experts, family, shapes, texts, bases, settings, seed, progress)
     run = LayerFold(
@@ -100,20 +133,22 @@ def fold(
         texts,
         bases,
         choice.knobs,
-        Refine(steps=settings.refine, lr=settings.refine_lr, head_steps=settings.refine),
+        settings.refine,
         bias=family.bias,
         balance=choice.balance,
         seed=seed,
+        batch=settings.batch,
         progress=progress,
         clock=clock,
     )
     return Folded(choice, run.run(emit(choice.target)))
 
 
-def bases_of(experts: Sequence[Source], texts: Calibration, seed: int) -> list[Basis]:
+def bases_of(experts: Sequence[Source], texts: Calibration, settings: Settings, seed: int = 0) -> list[Basis]:
     """The residual basis of every expert, from its own texts."""
+    half = max(1, settings.batch // 2)  # of the gradients
     return [
-        residual_basis(e, *texts.own(k, BASIS_ROWS), torch.Generator().manual_seed(seed + k))
+        residual_basis(e, *texts.own(k, settings.basis_rows), torch.Generator().manual_seed(seed + k), half)
         for k, e in enumerate(experts)
     ]
 
@@ -124,7 +159,7 @@ def choose(
     shapes: Sequence[Spec],
     texts: Calibration,
     bases: Sequence[Basis],
-    settings: Fold,
+    settings: Settings,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Choice:
@@ -135,28 +170,32 @@ def choose(
     closed form is another thing, and the expert that pays more of it may be the other one.
     """
     trials: list[dict[str, Any]] = []
-    even = (1.0,) * len(experts)
+    even, plan = (1.0,) * len(experts), settings.trials
 
     def tried(spec: Spec, knobs: Knobs, rows: Calibration, refine: Refine) -> list[float]:
         progress(f"trial {len(trials) + 1}: width {spec.width}, {knobs}")
-        run = LayerFold(experts, spec, rows, bases, knobs, refine, bias=family.bias, balance=even, seed=seed)
+        run = LayerFold(
+            experts, spec, rows, bases, knobs, refine, bias=family.bias, balance=even, seed=seed, batch=settings.batch
+        )
         excess = [x if math.isfinite(x) else math.inf for x in run.run(_nowhere)]
         shape = {"width": spec.width, "heads": spec.heads, "mlp": spec.mlp}
         trials.append({**shape, **asdict(knobs), "rows": len(rows.tokens), "excess": excess, "worst": max(excess)})
         return excess
 
-    given = {name: getattr(settings, name) for name in GRIDS if getattr(settings, name) is not None}
-    knobs, free = replace(Knobs(), **given), {name: grid for name, grid in GRIDS.items() if name not in given}
+    knobs = replace(Knobs(), **settings.given)
+    free = {name: grid for name, grid in GRIDS.items() if name not in settings.given}
     if len(experts) == 1 or (len(shapes) == 1 and not free):
         return Choice(shapes[-1], knobs, even)
 
-    def dealt(spec: Spec, knobs: Knobs) -> list[int]:
-        return allot(bases, spec.width, even=knobs.even)
+    def dealt(spec: Spec, knobs: Knobs) -> tuple[list[int], list[tuple[int, ...]]]:
+        shares = allot(bases, spec.width, even=knobs.even)
+        return shares, [depth.spread(e.spec.layers, spec.layers, knobs.hosts) for e in experts]
 
-    few, closed = texts.subset(TRIAL_ROWS, TRIAL_HELD_OUT), Refine(steps=0, head_steps=TRIAL_HEAD_STEPS)
+    few = texts.subset(plan.rows, plan.held_out)
+    closed = replace(settings.refine, steps=0, head_steps=plan.head_steps)
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
-    more = texts.subset(REFINED_ROWS, REFINED_HELD_OUT)
-    refined = Refine(min(REFINED_STEPS, settings.refine), lr=settings.refine_lr, head_steps=TRIAL_HEAD_STEPS)
+    more = texts.subset(plan.refined_rows, plan.refined_held_out)
+    refined = replace(closed, steps=min(plan.steps, settings.refine.steps))
     at, lag = walk(shapes, shapes.index(target), lambda spec: tried(spec, knobs, more, refined), BETTER)
     return Choice(shapes[at], knobs, balanced(lag, BALANCE_MOST), trials)
 
@@ -180,21 +219,21 @@ def walk(
 def search(
     shapes: Sequence[Spec],
     knobs: Knobs,
-    grids: Mapping[str, Sequence[float]],
+    grids: Mapping[str, Sequence[Any]],
     tried: Callable[[Spec, Knobs], list[float]],
-    dealt: Callable[[Spec, Knobs], list[int]],
+    dealt: Callable[[Spec, Knobs], Any],
 ) -> tuple[Spec, Knobs, list[float]]:
     """The shape and knobs of the least worst loss, and the losses, one for each expert, that `tried` gives them.
 
     One valley over width, walked down from the middle; then each knob's other values, one knob at a time. A knob's
-    change stays if the worst gains by more than the noise. `dealt`: how a shape's width is shared at these knobs.
+    change stays if the worst gains by more than the noise. `dealt`: a shape's width and layers as knobs deal them out.
     """
     at, best = walk(shapes, len(shapes) // 2, lambda spec: tried(spec, knobs))
     target = shapes[at]
     for name, values in grids.items():
         for value in values:
             other = replace(knobs, **{name: value})
-            if name == "even" and dealt(target, other) == dealt(target, knobs):
+            if name in DEALT and dealt(target, other) == dealt(target, knobs):
                 continue
             if max(found := tried(target, other)) < BETTER * max(best):
                 best, knobs = found, other

@@ -23,16 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polymerge.methods._refine import Refine
-from polymerge.methods.fold import (
-    BASIS_ROWS,
-    GRIDS,
-    REFINED_HELD_OUT,
-    REFINED_ROWS,
-    REFINED_STEPS,
-    TRIAL_HELD_OUT,
-    TRIAL_ROWS,
-)
+from polymerge.methods.fold import GRIDS, Settings
 from polymerge.model.source import Source
 from polymerge.plan import Plan
 from polymerge.plan import parameters as count
@@ -96,14 +87,15 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     heads, mlp = sum(s.heads for s in specs) * target.head_size, sum(s.mlp for s in specs)
     moments = target.layers * (3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads))
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
-    knobs = sum(getattr(recipe.fold, name) is None for name in GRIDS)
+    settings = Settings.of(recipe.fold)
+    tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
     refined = min(3, len(plan.shapes))  # the one that few rows chose, and a neighbour on each side
-    rows = (1 + len(plan.shapes) // 2 + knobs) * (TRIAL_ROWS + TRIAL_HELD_OUT)
-    rows += refined * (REFINED_ROWS + REFINED_HELD_OUT)
+    rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
+    rows += refined * (tried.refined_rows + tried.refined_held_out)
     trials = k * rows * recipe.fold.length if k > 1 else 0
-    steps = recipe.fold.refine + (refined * min(REFINED_STEPS, recipe.fold.refine) if k > 1 else 0)
-    refining = 8.0 * steps * Refine().rows * recipe.fold.length * size
-    basis = 8.0 * BASIS_ROWS * recipe.fold.length * experts
+    steps = recipe.fold.refine + (refined * min(tried.steps, recipe.fold.refine) if k > 1 else 0)
+    refining = 8.0 * steps * settings.refine.rows * recipe.fold.length * size
+    basis = 8.0 * settings.basis_rows * recipe.fold.length * experts
     healing = 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0
     return one * (tokens + trials) + refining + basis + healing
 
