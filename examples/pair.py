@@ -41,7 +41,7 @@ class Start:
 class Pair:
     """prose-llama and code-neox in a scratch folder.
 
-    `tokens`: of each calibration text, to fold and to heal by; by default 32 k to fold, and all of them to heal.
+    `tokens`: of each calibration text, to fold and to heal by; by default a recipe's to fold, and all of them to heal.
     `write`: tokens that each expert adds to them itself; what is asked for is then made from both.
     """
 

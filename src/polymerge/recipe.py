@@ -128,10 +128,10 @@ class Union(_Strict):
 class Fold(_Strict):
     """Calibration and solver of the fold; the seven knobs are chosen on held-out text unless given."""
 
-    tokens: Count = 32_000
+    tokens: Count = 64_000
     length: int = Field(128, ge=8)
     ownership: Literal["label", "gate"] = "label"
-    refine: int = Field(60, ge=0)
+    refine: int = Field(120, ge=0)
     refine_lr: float = Field(2e-3, gt=0)
     ridge: float | None = Field(None, gt=0)
     mute: float | None = Field(None, ge=0)
