@@ -89,6 +89,16 @@ def test_fold_of_one_expert_at_its_own_size_is_the_expert(family, save_model, tm
     assert abs(excess[0]) < 1e-5
 
 
+@pytest.mark.parametrize("hosts", ["ends", "centred"])
+def test_a_deeper_result_keeps_an_expert_and_is_the_identity_elsewhere(hosts, save_model, tmp_path):
+    source = expert(save_model, tmp_path)
+    data = texts(1, rows=90)
+    size = {name: getattr(source.spec, name) for name in ("width", "heads", "mlp")}
+    family, (target,) = shape([source], layers=source.spec.layers + 3, **size)
+    logits, _, _ = folded_logits([source], family, target, data, replace(EXACT, hosts=hosts))
+    assert difference(logits, source, data.tokens) < 1e-4
+
+
 def test_merge_of_an_expert_with_itself_is_the_expert(save_model, tmp_path):
     source = expert(save_model, tmp_path)
     data = texts(2, apart=0)
