@@ -1,5 +1,6 @@
 """The shipped pair as the scripts beside this file use it: folds, padded anchors, healing, test figures."""
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,10 +77,10 @@ class Pair:
             "method": "fold", "anchor": "prose", "seed": self.seed,
             "fold": {"tokens": self.tokens} if self.tokens else {},
             "experts": {n: {"model": str(EXPERTS[n]), "text": "-"} for n in self.sources},
-            "size": size if size == "union" else {"params": size},
+            "size": size if size == "union" or isinstance(size, dict) else {"params": size},
         })  # fmt: skip
         shapes = plan.make(asked, {n: s.spec for n, s in self.sources.items()}, self.sizes)
-        clock, folder = Clock(), self.folder / f"fold-{size}"
+        clock, folder = Clock(), Path(tempfile.mkdtemp(dir=self.folder)) / "fold"
         with CheckpointWriter(folder) as writer:
             done = folding.fold(
                 list(self.sources.values()), shapes.family, shapes.shapes,

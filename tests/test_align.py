@@ -88,9 +88,13 @@ def test_depth_map_of_one_layer_is_the_middle(rule):
     assert depth.spread(1, 5, rule) == (2,)
 
 
-def test_depth_map_refuses_fewer_layers():
-    with pytest.raises(ValueError, match="3 expert layers do not fit into 2"):
-        depth.spread(3, 2)
+@pytest.mark.parametrize("rule", ["ends", "centred"])
+@pytest.mark.parametrize(("layers", "hosts"), [(4, (0, 0, 1, 1)), (5, (0, 0, 1, 2, 2)), (3, (0, 0, 0))])
+def test_a_deeper_expert_has_neighbours_in_one_layer(rule, layers, hosts):
+    target = hosts[-1] + 1
+    assert depth.spread(layers, target, rule) == hosts
+    assert depth.most(layers, target) == max(map(hosts.count, hosts))
+    assert depth.most(target, layers) == 1
 
 
 def solved(x, y, ridge=1e-6):

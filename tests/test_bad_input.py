@@ -270,7 +270,6 @@ def test_text_that_is_not_utf8(here):
     [
         ({"params": "0.01x"}, ("size: ", "the least is about")),
         ({"params": 100}, ("size: 100 parameters",)),
-        ({"params": "1x", "layers": 1}, ("size.layers: 1", "2")),
         ({"width": 2, "heads": 2}, ("size.width: 2", "each of 2 experts and one that is constant")),
     ],
 )

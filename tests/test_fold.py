@@ -99,6 +99,30 @@ def test_a_deeper_result_keeps_an_expert_and_is_the_identity_elsewhere(hosts, sa
     assert difference(logits, source, data.tokens) < 1e-4
 
 
+def test_layers_that_write_nothing_cost_nothing_in_one_with_their_neighbours(save_model, tmp_path):
+    source = expert(save_model, tmp_path, num_hidden_layers=4)
+    plain = source.layer
+    source.layer = lambda i: {r: w * (i % 2 == 0 or r not in ("o.weight", "down.weight")) for r, w in plain(i).items()}
+    data, spec = texts(1, rows=90), source.spec
+    family, (target,) = shape([source], width=spec.width, layers=2, heads=2 * spec.heads, mlp=2 * spec.mlp)
+    logits, _, _ = folded_logits([source], family, target, data)
+    assert difference(logits, source, data.tokens) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_shallower_result_is_nearer_to_its_expert_than_one_without_the_layers(family, save_model, tmp_path):
+    source = expert(save_model, tmp_path, family, num_hidden_layers=4)
+    data, spec = texts(1, rows=90), source.spec
+    width = spec.width + spec.has_constants
+    made, (target,) = shape([source], width=width, layers=2, heads=2 * spec.heads, mlp=2 * spec.mlp)
+    merged = divergence(folded_logits([source], made, target, data, Knobs())[0], [source], data)
+    found = source.layer
+    source.layer = lambda i: {r: w * (i % 2 == 0 or r.split(".")[0] not in ("o", "down")) for r, w in found(i).items()}
+    skipping = source.logits(data.tokens)
+    source.layer = found
+    assert merged < 0.7 * divergence(skipping, [source], data)
+
+
 def test_merge_of_an_expert_with_itself_is_the_expert(save_model, tmp_path):
     source = expert(save_model, tmp_path)
     data = texts(2, apart=0)

@@ -304,9 +304,12 @@ def test_grouped_heads_and_depth(look, made):
     assert found(report, "b: depth") == ("exact", "3 layers, in order, in 3")
 
 
-def test_a_deeper_expert_is_never_cut(look, made):
-    refused(PreflightError, look, "size.layers: 2", "3", a=made("llama"), b=made("deep", num_hidden_layers=3),
-            size={"params": "3x", "layers": 2})  # fmt: skip
+def test_a_deeper_expert_has_neighbours_in_one_layer(look, made):
+    report = look(made("llama"), made("deep", num_hidden_layers=3), size={"params": "2x", "layers": 2})
+    level, text = found(report, "b: depth")
+    assert level == "approximate"
+    assert text.startswith("3 layers in 2, up to 2 in one")
+    assert found(report, "a: depth") == ("exact", "2 layers, in order, in 2")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from polymerge import families
+from polymerge.align import depth
 from polymerge.errors import PreflightError
 from polymerge.model.spec import Family, Spec
 from polymerge.recipe import Recipe, Size
@@ -66,10 +67,6 @@ def make(
         return Plan(family, (_whole(family, base, experts),), None)
     size: Size = recipe.size
     layers = size.layers or base.layers
-    if layers < base.layers:
-        raise PreflightError(
-            f"size.layers: {layers} is fewer than the deepest expert's {base.layers}; layers are not merged into one"
-        )
     base = replace(base, layers=layers)
     if size.params is None:
         return Plan(family, (_explicit(family, base, experts, size),), None)
@@ -134,8 +131,10 @@ def ratio(experts: Sequence[Spec]) -> int:
 
 def _whole(family: Family, base: Spec, experts: Sequence[Spec]) -> Spec:
     """Everything of every expert side by side, and a constant dimension where biases need one."""
-    heads = sum(s.heads for s in experts)
-    spec = replace(base, heads=heads, kv_heads=heads // ratio(experts), mlp=sum(s.mlp for s in experts))
+    stacked = [depth.most(s.layers, base.layers) for s in experts]
+    heads = sum(n * s.heads for n, s in zip(stacked, experts, strict=True))
+    mlp = sum(n * s.mlp for n, s in zip(stacked, experts, strict=True))
+    spec = replace(base, heads=heads, kv_heads=heads // ratio(experts), mlp=mlp)
     width = sum(s.width for s in experts) + any(s.has_constants for s in experts)
     return replace(spec, width=allowed(family, width, heads))
 

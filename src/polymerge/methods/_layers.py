@@ -4,7 +4,7 @@ States live on the CPU, whole: the target's (row, time, width) and every expert'
 of rows go to the device; one layer of each model is there at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,8 @@ from polymerge.model.spec import Spec
 
 Emit = Callable[[int | None, dict[str, Tensor]], None]
 Features = Callable[[Tensor], Tensor]
+Present = Mapping[tuple[int, int], dict[str, Tensor]]
+"""(expert, its layer) -> weights: what a target layer hosts, in order."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class LayerFold:
         self.mute = knobs.mute
         self.state = self.weight = torch.empty(0)
         self.current: list[Tensor] = []
-        self.before_attention: list[Tensor] = []
+        self.inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
         for k in range(len(experts)):
@@ -114,7 +116,10 @@ class LayerFold:
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One target layer: attention, MLP, then both refined together."""
-        present = {k: self.experts[k].layer(h.index(index)) for k, h in enumerate(self.hosts) if index in h}
+        present = {
+            (k, i): self.experts[k].layer(i)
+            for k, hosts in enumerate(self.hosts) for i, host in enumerate(hosts) if host == index
+        }  # fmt: skip
         before = self.state
         weights = self.attention(index, present) | self.feed_forward(index, present)
         if self.refine.steps:
@@ -150,28 +155,34 @@ class LayerFold:
         self.state = F.embedding(texts.tokens, table)
         return table
 
-    def attention(self, layer: int, present: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Solve q, k, v, then o, of a target layer; moves all states past the attention."""
+    def attention(self, layer: int, present: Present) -> dict[str, Tensor]:
+        """Solve q, k, v, then o, of a target layer; moves all states past the attention.
+
+        Where it hosts several layers of an expert, all their heads read what the first of them reads.
+        """
         target, size, ratio = self.target, self.target.head_size, self.ratio
-        groups = {k: self.experts[k].spec.heads // ratio for k in present}
+        groups = {at: self.experts[at[0]].spec.heads // ratio for at in present}
         inputs = target.width + bool(self.bias)
-        fits = {k: Moments.zeros(inputs, groups[k] * (ratio + 2) * size, self.device) for k in present}
-        mids = {k: self.current[k].clone() for k in present}
-        for k, weights in present.items():
-            expert = self.experts[k]
+        fits = {at: Moments.zeros(inputs, groups[at] * (ratio + 2) * size, self.device) for at in present}
+        states, self.inside = list(self.current), {}
+        for (k, i), weights in present.items():
+            expert, start, mid = self.experts[k], states[k], states[k].clone()
             for rows, time in self.reached(k):
                 own = self._own_time(k, rows, time)
-                x = self.current[k][rows, :own].to(self.device)
+                x = start[rows, :own].to(self.device)
                 n = decoder.normalise(expert.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
                 q, key, v = decoder.project_heads(expert.spec, weights, n)
                 written = decoder.linear(weights, "o", decoder.attend(expert.spec, q, key, v))
-                mids[k][rows, :own] = width.centred(expert, x + written).cpu()
+                mid[rows, :own] = width.centred(expert, x + written).cpu()
                 seen = self._with_one(self.normalised(rows, time))
                 values = self._paired(k, rows, self._placed(k, q, key, v), time)
-                self._add(fits[k], seen, values, self.weight[k][rows, :time])
+                self._add(fits[k, i], seen, values, self.weight[k][rows, :time])
+            self.inside[k, i] = start, mid
+            if (k, i + 1) in present:
+                states[k] = self._past_mlp(k, i, weights)
         parts = [
-            fits[k].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
-            for k, g in groups.items()
+            fits[at].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
+            for at, g in groups.items()
         ]
         total = sum(groups.values())
         if (spare := max(0, target.kv_heads - total)) > 0:
@@ -181,8 +192,8 @@ class LayerFold:
         weights = self._named(
             {role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)}
         )
-        self.before_attention = self.current
-        self.current = [mids.get(k, x) for k, x in enumerate(self.current)]
+        for k in {k for k, _ in present}:
+            self.current[k] = self._attended(k)
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
@@ -198,41 +209,36 @@ class LayerFold:
         self._advance(lambda rows: self._mixed(target, weights, rows), weights["o.weight"])
         return weights
 
-    def feed_forward(self, layer: int, present: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    def feed_forward(self, layer: int, present: Present) -> dict[str, Tensor]:
         """Solve gate and up, then down, of a target layer; moves the states (the target's, if not refined)."""
         target, knobs = self.target, self.knobs
         if layer == target.layers - 1:
             self.mute = knobs.mute_last
         gates, ups = (
-            {k: Moments.zeros(target.width, self.experts[k].spec.mlp, self.device) for k in present} for _ in "gu"
+            {at: Moments.zeros(target.width, self.experts[at[0]].spec.mlp, self.device) for at in present} for _ in "gu"
         )
-        outs = {k: self.current[k].clone() for k in present}
-        for k, weights in present.items():
-            expert = self.experts[k]
+        for (k, i), weights in present.items():
+            expert, out = self.experts[k], self.inside[k, i][1].clone()
             for rows, time in self.reached(k):
                 own = self._own_time(k, rows, time)
-                x = self.current[k][rows, :own].to(self.device)
-                read = self.before_attention[k][rows, :own].to(self.device) if expert.spec.parallel else x
-                n = decoder.normalise(expert.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
-                gate, up, hidden = decoder.feed_forward(expert.spec, weights, n)
-                outs[k][rows, :own] = width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
+                gate, up, out[rows, :own] = self._fed(k, i, weights, rows, own)
                 gate, up = (self._paired(k, rows, x, time) for x in as_gated(expert.spec.activation, gate, up))
                 seen, owned = self.normalised(rows, time), self.texts.owned[k][rows, :time]
                 weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
-                share = owned.to(x)[..., None]
-                self._add(gates[k], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
-                self._add(ups[k], seen, up, weight)
+                share = owned.to(up)[..., None]
+                self._add(gates[k, i], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
+                self._add(ups[k, i], seen, up, weight)
                 rest = self.normalised(rows)[:, time:].flatten(0, 1)
                 weight = self._off(k, rows)[:, time:].to(rest).flatten()
-                gates[k].add_gram(rest, weight)
-                gates[k].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
-        units = sum(self.experts[k].spec.mlp for k in present)
+                gates[k, i].add_gram(rest, weight)
+                gates[k, i].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
+            self.current[k] = out  # of the expert's last layer here, in the end
+        units = sum(self.experts[k].spec.mlp for k, _ in present)
         spare = self._random(target.width, 2 * max(0, target.mlp - units)).chunk(2, dim=1)
         weights = {
-            f"{role}.weight": torch.cat([*(fits[k].solve(knobs.ridge).to(self.dtype) for k in present), extra], dim=1).T
+            f"{role}.weight": torch.cat([*(f.solve(knobs.ridge).to(self.dtype) for f in fits.values()), extra], dim=1).T
             for role, fits, extra in (("gate", gates, spare[0]), ("up", ups, spare[1]))
         }
-        self.current = [outs.get(k, x) for k, x in enumerate(self.current)]
         writers = self.writers(lambda rows: self._hidden(weights, rows), len(weights["up.weight"]))
         keep = self.keep(writers, layer, "out", 1, target.mlp)
         weights = {role: w[keep].contiguous() for role, w in weights.items()}
@@ -367,6 +373,32 @@ class LayerFold:
                 found = translator.project(found.log_softmax(-1), reading.of(mine), self.texts.tokens[mine])
             out[owners == k] = found[..., : self.target.vocab].to(out)
         return out
+
+    def _attended(self, k: int) -> Tensor:
+        """Expert k's state (row, time, resid) with all that its attention in this target layer writes, and no MLP."""
+        (_, out), *more = [pair for (j, _), pair in self.inside.items() if j == k]
+        for start, mid in more:
+            out = out + mid - start
+        return out
+
+    def _past_mlp(self, k: int, i: int, weights: dict[str, Tensor]) -> Tensor:
+        """Expert k's state after its layer i."""
+        out = self.inside[k, i][1].clone()
+        for rows, time in self.reached(k):
+            own = self._own_time(k, rows, time)
+            out[rows, :own] = self._fed(k, i, weights, rows, own)[2]
+        return out
+
+    def _fed(
+        self, k: int, i: int, weights: dict[str, Tensor], rows: Tensor, own: int
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gate and up of expert k's MLP i, and its state behind it, on the CPU; over its first `own` tokens of rows."""
+        expert, (start, mid) = self.experts[k], self.inside[k, i]
+        x = mid[rows, :own].to(self.device)
+        read = start[rows, :own].to(self.device) if expert.spec.parallel else x
+        n = decoder.normalise(expert.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
+        gate, up, hidden = decoder.feed_forward(expert.spec, weights, n)
+        return gate, up, width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
 
     def _own_time(self, k: int, rows: Tensor, time: int) -> int:
         """How many of its own tokens expert k reads in the first `time` positions of these rows."""

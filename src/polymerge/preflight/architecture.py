@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from polymerge.align import depth
 from polymerge.align.heads import placement
 from polymerge.errors import PreflightError
 from polymerge.methods._layers import as_gated
@@ -73,7 +74,8 @@ def _together(specs: Mapping[str, Spec], anchor: str, plan: Plan) -> Part:
             "norm",
             "one norm for all slices: a scale error per token, fitted by the readers; not measured",
         )
-    heads, mlp = sum(s.heads for s in specs.values()), sum(s.mlp for s in specs.values())
+    stacked = [(depth.most(s.layers, target.layers), s) for s in specs.values()]
+    heads, mlp = sum(n * s.heads for n, s in stacked), sum(n * s.mlp for n, s in stacked)
     if any(s.heads < heads or s.mlp < mlp for s in plan.shapes):
         yield _approximate(
             "pruning",
@@ -84,6 +86,13 @@ def _together(specs: Mapping[str, Spec], anchor: str, plan: Plan) -> Part:
 
 def _depth(case: Case) -> Part:
     layers, hosts = case.spec.layers, case.target.layers
+    if layers > hosts:
+        yield _approximate(
+            "depth",
+            f"{layers} layers in {hosts}, up to {depth.most(layers, hosts)} in one: all heads there read what the first"
+            " of them reads, and all neurons what follows",
+        )
+        return
     spare = f"; it is the identity in the other {hosts - layers}" if hosts > layers else ""
     yield _exact("depth", f"{layers} layers, in order, in {hosts}{spare}")
 

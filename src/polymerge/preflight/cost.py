@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymerge.align import depth
 from polymerge.methods.fold import GRIDS, Settings
 from polymerge.model.source import Source
 from polymerge.plan import Plan
@@ -63,7 +64,7 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     target = max(plan.shapes, key=lambda s: count(plan.family, s))
     size = count(plan.family, target)
     rows = len(specs) * (max(1, recipe.fold.tokens // length) + VALIDATION_ROWS)
-    mlp = sum(s.mlp for s in specs)
+    mlp = sum(depth.most(s.layers, target.layers) * s.mlp for s in specs)
     folding = (
         4 * rows * length * (2 * target.width + 3 * widths)
         + 24 * (len(specs) * mlp**2 + target.width * (target.width + vocab))
@@ -84,7 +85,8 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     specs = [s.spec for s in sources.values()]
     experts, k = sum(s.parameters for s in sources.values()), len(specs)
     target = plan.shapes[len(plan.shapes) // 2]
-    heads, mlp = sum(s.heads for s in specs) * target.head_size, sum(s.mlp for s in specs)
+    stacked = [(depth.most(s.layers, target.layers), s) for s in specs]
+    heads, mlp = sum(n * s.heads for n, s in stacked) * target.head_size, sum(n * s.mlp for n, s in stacked)
     moments = target.layers * (3 * k * target.width**2 + k * (mlp**2 + heads**2) + 4 * target.width * (mlp + heads))
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
     settings = Settings.of(recipe.fold)
