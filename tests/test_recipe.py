@@ -1,5 +1,6 @@
 """Recipes: what a file may say, and the one line that answers what it may not."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from polymerge import recipe as recipes
 from polymerge.errors import RecipeError
 from polymerge.heal import Heal
-from polymerge.recipe import Budget, Size, parse, read
+from polymerge.recipe import Budget, Expert, Fold, Recipe, Size, Union, parse, read
 
 TEXT = """\
 method: fold
@@ -142,3 +143,17 @@ def test_missing_or_binary_file(tmp_path):
         read(tmp_path / "binary.yaml")
     with pytest.raises(RecipeError, match="cannot be read as a text file"):
         read(tmp_path)
+
+
+def test_the_docs_tell_every_key_and_the_default_of_what_has_one():
+    page = (Path(__file__).parents[1] / "docs/recipe.md").read_text(encoding="utf-8")
+    sections = dict(zip(("recipe", "expert", "size", "fold", "union", "heal"), page.split("\n## "), strict=True))
+    parts = {"recipe": Recipe, "expert": Expert, "size": Size, "fold": Fold, "union": Union}
+    for name, part in parts.items():
+        for key in part.model_fields:
+            assert f"`{key}`" in sections[name], f"{name}: {key}"
+    for field in fields(Heal):
+        assert f"`{field.name}`" in sections["heal"], field.name
+    assert f"| `tokens` | {Fold().tokens // 1000}k |" in sections["fold"]
+    assert f"| `refine` | {Fold().refine} |" in sections["fold"]
+    assert f"| `lr` | {Heal().lr:.0e} |".replace("e-0", "e-") in sections["heal"]
