@@ -6,11 +6,12 @@ be instant.
 """
 
 import ast
+import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -179,10 +180,15 @@ def evaluate(
 
 @app.command()
 def methods(*, as_json: Json = False) -> None:
-    """List the merge methods."""
+    """List the merge methods, and a rival's options with their defaults."""
     from polymerge import methods as package
 
-    _list([{"name": name, "about": _about(package, name)} for name in package.names()], as_json=as_json)
+    rows = []
+    for name in package.names():
+        options = package.options(name)
+        shown = ", ".join(f"{key}: {json.dumps(value)}" for key, value in options.items())
+        rows.append({"name": name, "about": _about(package, name), "options": options if as_json else shown})
+    _list(rows, as_json=as_json)
 
 
 @app.command()
@@ -323,7 +329,7 @@ def _about(package: ModuleType, name: str) -> str:
     return " ".join(doc.split("\n\n")[0].split())
 
 
-def _list(rows: Sequence[Mapping[str, str]], *, as_json: bool) -> None:
+def _list(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 from polymerge._suggest import unknown
@@ -26,9 +26,14 @@ def rival(name: str) -> Any:
     return importlib.import_module(f"polymerge.methods.{name}").Method
 
 
-def check_options(name: str, options: dict[str, Any]) -> None:
+def options(name: str) -> dict[str, Any]:
+    """A method's recipe options and their defaults; ours have stages of their own in the recipe."""
+    return {} if name in OURS else asdict(rival(name)())
+
+
+def check_options(name: str, given: dict[str, Any]) -> None:
     """Raise ValueError for an option that a method does not have."""
-    known = [] if name in OURS else [f.name for f in fields(rival(name))]
-    for key in options:
+    known = list(options(name)) if given else []
+    for key in given:
         if key not in known:
             raise ValueError(f"options: {unknown('option', key, known)} ({name})")
