@@ -85,7 +85,7 @@ class LayerFold:
         self.mute = knobs.mute
         self.state = self.weight = torch.empty(0)
         self.current: list[Tensor] = []
-        self.inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # an expert's layer: before, after its attention
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
         for k in range(len(experts)):
@@ -233,6 +233,7 @@ class LayerFold:
                 gates[k, i].add_gram(rest, weight)
                 gates[k, i].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
             self.current[k] = out  # of the expert's last layer here, in the end
+        self.inside = {}
         units = sum(self.experts[k].spec.mlp for k, _ in present)
         spare = self._random(target.width, 2 * max(0, target.mlp - units)).chunk(2, dim=1)
         weights = {
