@@ -1,12 +1,11 @@
 """The fold's engine: one target, layer by layer, in closed form and closed loop (see `fold.py` for the method).
 
-States live on the CPU, whole: the target's (row, time, width) and every expert's (row, time, resid). Batches
-of rows go to the device; one layer of each model is there at a time.
+The target's states (row, time, width) live on the CPU, whole, as the experts' do (`_experts.py`). Batches of rows go
+to the device; one layer of each model is there at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,13 @@ from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.moments import Moments
 from polymerge.clock import Clock
 from polymerge.methods import _judge, _refine
+from polymerge.methods._experts import Experts, Present
 from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
 Emit = Callable[[int | None, dict[str, Tensor]], None]
 Features = Callable[[Tensor], Tensor]
-Present = Mapping[tuple[int, int], dict[str, Tensor]]
-"""(expert, its layer) -> weights: what a target layer hosts, in order."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,12 @@ class LayerFold:
         clock: Clock | None = None,
     ) -> None:
         self.clock = clock or Clock()
-        self.experts, self.target, self.texts, self.bases, self.knobs = experts, target, texts, bases, knobs
+        self.target, self.texts, self.bases, self.knobs = target, texts, bases, knobs
         self.refine, self.bias, self.batch, self.progress = refine, bias, batch, progress
         self.device, self.dtype = experts[0].device, experts[0].dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self.hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
+        hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
+        self.experts = Experts(experts, texts, hosts, batch)
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = any(e.spec.has_constants for e in experts)
@@ -81,11 +80,8 @@ class LayerFold:
         self.encoders, self.slices = width.encoders(
             bases, self.scales, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
         )
-        self.outers = [e.outer() for e in experts]
         self.mute = knobs.mute
         self.state = self.weight = torch.empty(0)
-        self.current: list[Tensor] = []
-        self.inside: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # an expert's layer: before, after its attention
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
         for k in range(len(experts)):
@@ -116,10 +112,7 @@ class LayerFold:
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One target layer: attention, MLP, then both refined together."""
-        present = {
-            (k, i): self.experts[k].layer(i)
-            for k, hosts in enumerate(self.hosts) for i, host in enumerate(hosts) if host == index
-        }  # fmt: skip
+        present = self.experts.hosted(index)
         before = self.state
         weights = self.attention(index, present) | self.feed_forward(index, present)
         if self.refine.steps:
@@ -139,17 +132,8 @@ class LayerFold:
         # An expert is quiet on tokens that it has not seen and others have; on tokens new to all, everyone speaks.
         known = torch.where(counts > 0, 1.0, 1.0 / (1.0 + counts.amax(0))).to(self.dtype)
         table = torch.zeros(target.vocab, target.width, dtype=self.dtype)
-        self.current = []
-        for k, (expert, outer) in enumerate(zip(self.experts, self.outers, strict=True)):
-            self.current.append(self.stream(partial(self._embedded, k, outer)))
-            foreign = texts.reading(k)
-            vectors = outer["embed.weight"][: target.vocab] if foreign is None else outer["embed.weight"]
-            if "positions.weight" in outer:
-                vectors = vectors + outer["positions.weight"][: texts.tokens.shape[1]].mean(0)
-            if foreign is not None:
-                mine = torch.nonzero((texts.owner == k) & texts.fit).flatten()
-                vectors = foreign[1].embeddings(vectors, foreign[0].of(mine), texts.tokens[mine])
-            table += known[k][:, None] * width.centred(expert, vectors).cpu() @ self.encoders[k]
+        for k in range(len(self.experts)):
+            table += known[k][:, None] * self.experts.vectors(k, target.vocab) @ self.encoders[k]
         if self.constant:
             table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
         self.state = F.embedding(texts.tokens, table)
@@ -161,25 +145,13 @@ class LayerFold:
         Where it hosts several layers of an expert, all their heads read what the first of them reads.
         """
         target, size, ratio = self.target, self.target.head_size, self.ratio
-        groups = {at: self.experts[at[0]].spec.heads // ratio for at in present}
+        groups = {at: self.experts.spec(at[0]).heads // ratio for at in present}
         inputs = target.width + bool(self.bias)
         fits = {at: Moments.zeros(inputs, groups[at] * (ratio + 2) * size, self.device) for at in present}
-        states, self.inside = list(self.current), {}
-        for (k, i), weights in present.items():
-            expert, start, mid = self.experts[k], states[k], states[k].clone()
-            for rows, time in self.reached(k):
-                own = self._own_time(k, rows, time)
-                x = start[rows, :own].to(self.device)
-                n = decoder.normalise(expert.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
-                q, key, v = decoder.project_heads(expert.spec, weights, n)
-                written = decoder.linear(weights, "o", decoder.attend(expert.spec, q, key, v))
-                mid[rows, :own] = width.centred(expert, x + written).cpu()
-                seen = self._with_one(self.normalised(rows, time))
-                values = self._paired(k, rows, self._placed(k, q, key, v), time)
-                self._add(fits[k, i], seen, values, self.weight[k][rows, :time])
-            self.inside[k, i] = start, mid
-            if (k, i + 1) in present:
-                states[k] = self._past_mlp(k, i, weights)
+        for at, rows, time, heads in self.experts.attention(present):
+            k, seen = at[0], self._with_one(self.normalised(rows, time))
+            values = self.experts.paired(k, rows, self._placed(k, *heads), time)
+            self._add(fits[at], seen, values, self.weight[k][rows, :time])
         parts = [
             fits[at].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
             for at, g in groups.items()
@@ -192,8 +164,6 @@ class LayerFold:
         weights = self._named(
             {role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)}
         )
-        for k in {k for k, _ in present}:
-            self.current[k] = self._attended(k)
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
@@ -215,27 +185,22 @@ class LayerFold:
         if layer == target.layers - 1:
             self.mute = knobs.mute_last
         gates, ups = (
-            {at: Moments.zeros(target.width, self.experts[at[0]].spec.mlp, self.device) for at in present} for _ in "gu"
+            {at: Moments.zeros(target.width, self.experts.spec(at[0]).mlp, self.device) for at in present} for _ in "gu"
         )
-        for (k, i), weights in present.items():
-            expert, out = self.experts[k], self.inside[k, i][1].clone()
-            for rows, time in self.reached(k):
-                own = self._own_time(k, rows, time)
-                gate, up, out[rows, :own] = self._fed(k, i, weights, rows, own)
-                gate, up = (self._paired(k, rows, x, time) for x in as_gated(expert.spec.activation, gate, up))
-                seen, owned = self.normalised(rows, time), self.texts.owned[k][rows, :time]
-                weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
-                share = owned.to(up)[..., None]
-                self._add(gates[k, i], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
-                self._add(ups[k, i], seen, up, weight)
-                rest = self.normalised(rows)[:, time:].flatten(0, 1)
-                weight = self._off(k, rows)[:, time:].to(rest).flatten()
-                gates[k, i].add_gram(rest, weight)
-                gates[k, i].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
-            self.current[k] = out  # of the expert's last layer here, in the end
-        self.inside = {}
-        units = sum(self.experts[k].spec.mlp for k, _ in present)
-        spare = self._random(target.width, 2 * max(0, target.mlp - units)).chunk(2, dim=1)
+        for at, rows, time, units in self.experts.feed_forward(present):
+            k, seen = at[0], self.normalised(rows, time)
+            gated = as_gated(self.experts.spec(k).activation, *units)
+            gate, up = (self.experts.paired(k, rows, x, time) for x in gated)
+            weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
+            share = self.texts.owned[k][rows, :time].to(up)[..., None]
+            self._add(gates[at], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
+            self._add(ups[at], seen, up, weight)
+            rest = self.normalised(rows)[:, time:].flatten(0, 1)
+            weight = self._off(k, rows)[:, time:].to(rest).flatten()
+            gates[at].add_gram(rest, weight)
+            gates[at].cross -= knobs.off_gate * (weight @ rest).double()[:, None]
+        filled = sum(self.experts.spec(k).mlp for k, _ in present)
+        spare = self._random(target.width, 2 * max(0, target.mlp - filled)).chunk(2, dim=1)
         weights = {
             f"{role}.weight": torch.cat([*(f.solve(knobs.ridge).to(self.dtype) for f in fits.values()), extra], dim=1).T
             for role, fits, extra in (("gate", gates, spare[0]), ("up", ups, spare[1]))
@@ -269,8 +234,7 @@ class LayerFold:
         `fitted`: rows held out have no weight; else all have theirs, to measure by.
         """
         owned = self.texts.owned[k][rows].to(self.device)
-        state = self._paired(k, rows, self.current[k][rows].to(self.device), self.texts.tokens.shape[1])
-        goal = state @ self.encoders[k][:, self.slices[k]].to(self.device)
+        goal = self.experts.state(k, rows) @ self.encoders[k][:, self.slices[k]].to(self.device)
         quiet = self.mute * (1 - owned)
         if fitted:
             quiet = quiet * self.texts.fit[rows, None].to(owned)
@@ -324,9 +288,10 @@ class LayerFold:
 
     def _metric(self, k: int, layer: int, where: str) -> Tensor:
         """Fisher matrix of expert k's slice where its state now stands."""
-        reached = sum(host <= layer for host in self.hosts[k])
+        hosts = self.experts.hosts[k]
+        reached = sum(host <= layer for host in hosts)
         last = max(reached - 1, 0)
-        at_mid = reached == 0 or (where == "mid" and self.hosts[k][last] == layer)
+        at_mid = reached == 0 or (where == "mid" and hosts[last] == layer)
         fisher = (self.bases[k].fisher_mid if at_mid else self.bases[k].fisher_out)[last]
         size = self.slices[k].stop - self.slices[k].start
         told = self.bases[k].directions[:, :size].to(fisher) * self.scales[k]
@@ -343,82 +308,17 @@ class LayerFold:
         """A state of all rows, on the CPU, made batch by batch."""
         return torch.cat([make(rows).cpu() for rows in self.batches()])
 
-    def reached(self, k: int) -> Iterator[tuple[Tensor, int]]:
-        """Batches of rows, and up to where expert k has a say in them: all of its own, the beginning of others'."""
-        mine = self.texts.owner == k
-        says = (self.texts.owned[k][~mine] > 0).any(0).nonzero().flatten()
-        time = self.texts.tokens.shape[1]
-        for rows in torch.nonzero(mine).flatten().split(self.batch):
-            yield rows, time
-        if len(says):
-            for rows in torch.nonzero(~mine).flatten().split(self.batch):
-                yield rows, int(says[-1]) + 1
-
     def normalised(self, rows: Tensor, time: int | None = None) -> Tensor:
         """The target's normed stream: what its readers and its head see."""
         return decoder.rms(self.state[rows, :time].to(self.device), self.target.eps)
 
     def teacher(self, rows: Tensor) -> Tensor:
-        """Logits of each row's owner (row, time, vocab), from the experts' present (final) states.
-
-        An owner with another tokenizer: log-probabilities of the result's tokens.
-        """
-        owners = self.texts.owner[rows]
-        shape = (*self.texts.tokens[rows].shape, self.target.vocab)
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for k in owners.unique().tolist():
-            mine = rows[owners == k]
-            found = decoder.logits(self.experts[k].spec, self.outers[k], self.current[k][mine].to(self.device))
-            if (foreign := self.texts.reading(k)) is not None:
-                reading, translator = foreign
-                found = translator.project(found.log_softmax(-1), reading.of(mine), self.texts.tokens[mine])
-            out[owners == k] = found[..., : self.target.vocab].to(out)
-        return out
-
-    def _attended(self, k: int) -> Tensor:
-        """Expert k's state (row, time, resid) with all that its attention in this target layer writes, and no MLP."""
-        (_, out), *more = [pair for (j, _), pair in self.inside.items() if j == k]
-        for start, mid in more:
-            out = out + mid - start
-        return out
-
-    def _past_mlp(self, k: int, i: int, weights: dict[str, Tensor]) -> Tensor:
-        """Expert k's state after its layer i."""
-        out = self.inside[k, i][1].clone()
-        for rows, time in self.reached(k):
-            own = self._own_time(k, rows, time)
-            out[rows, :own] = self._fed(k, i, weights, rows, own)[2]
-        return out
-
-    def _fed(
-        self, k: int, i: int, weights: dict[str, Tensor], rows: Tensor, own: int
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gate and up of expert k's MLP i, and its state behind it, on the CPU; over its first `own` tokens of rows."""
-        expert, (start, mid) = self.experts[k], self.inside[k, i]
-        x = mid[rows, :own].to(self.device)
-        read = start[rows, :own].to(self.device) if expert.spec.parallel else x
-        n = decoder.normalise(expert.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
-        gate, up, hidden = decoder.feed_forward(expert.spec, weights, n)
-        return gate, up, width.centred(expert, x + decoder.linear(weights, "down", hidden)).cpu()
-
-    def _own_time(self, k: int, rows: Tensor, time: int) -> int:
-        """How many of its own tokens expert k reads in the first `time` positions of these rows."""
-        foreign = self.texts.reading(k)
-        return time if foreign is None else max(1, int(foreign[0].last[rows, :time].max()) + 1)
-
-    def _paired(self, k: int, rows: Tensor, values: Tensor, time: int) -> Tensor:
-        """Expert k's values, over its own tokens, at the first `time` positions of the rows."""
-        foreign = self.texts.reading(k)
-        return values if foreign is None else foreign[0].of(rows).paired(values, time)
+        """What the head should say (row, time, vocab): see `Experts.teacher`."""
+        return self.experts.teacher(rows, self.target.vocab)
 
     def _off(self, k: int, rows: Tensor) -> Tensor:
         """Weight of a closed gate where expert k has no say (row, time)."""
         return self.knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None]
-
-    def _embedded(self, k: int, outer: dict[str, Tensor], rows: Tensor) -> Tensor:
-        foreign, expert = self.texts.reading(k), self.experts[k]
-        tokens = (self.texts.tokens if foreign is None else foreign[0].tokens)[rows].to(self.device)
-        return width.centred(expert, decoder.embed(expert.spec, outer, tokens))
 
     def _pass(self, before: Tensor, weights: dict[str, Tensor]) -> None:
         """The target's states after a layer that reads `before`."""
@@ -435,7 +335,7 @@ class LayerFold:
 
     def _placed(self, k: int, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
         """An expert's heads as the target's: groups of one common ratio, rotary pairs where the target has them."""
-        spec, place = self.experts[k].spec, self.placements[k]
+        spec, place = self.experts.spec(k), self.placements[k]
         q, key, v = (x.unflatten(-1, (-1, spec.head_size)) for x in (q, key, v))
         key, v = (expand_groups(x, spec.heads // spec.kv_heads, self.ratio) for x in (key, v))
         parts = (place.place(q, value=False), place.place(key, value=False), place.place(v, value=True))
