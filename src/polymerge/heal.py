@@ -51,7 +51,7 @@ class Heal:
     """
 
     tokens: int = 400_000
-    lr: float = 2e-3
+    lr: float = 1e-3
     warmup: float = 0.05
     batch_rows: int = 16
     length: int = 128
