@@ -4,7 +4,8 @@
 
 Two experts of random weights, a Llama and a GPT-NeoX of one size, are folded side by side into one Llama of as many
 layers, one and a half times as wide, on one thread; all knobs are given, so that nothing is tried. One of the three is
-varied at a time. Random weights cost what trained ones do. One JSON line for each size.
+varied at a time, and blocks are refined for few steps: what a step costs does not depend on the tokens. Random weights
+cost what trained ones do. One JSON line for each size.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from polymerge.methods._layers import Knobs
 from polymerge.methods._refine import Refine
 from polymerge.model.source import Source
 
-BASE = {"width": 256, "layers": 4, "tokens": 16_384}
-VARIED = {"width": (128, 512), "layers": (2, 8), "tokens": (8_192, 32_768)}
+BASE = {"width": 128, "layers": 4, "tokens": 16_384}
+VARIED = {"tokens": (8_192, 32_768), "layers": (2, 8), "width": (64, 256)}
 VOCAB, LENGTH, HELD_OUT, HEAD = 1024, 128, 16, 32
 
 
@@ -59,7 +60,7 @@ def measured(folder: Path, width: int, layers: int, tokens: int) -> dict[str, An
     )
     fitted, held_out = ([rows(count) for _ in experts] for count in (tokens // LENGTH, HELD_OUT))
     texts = gather(fitted, held_out, experts)
-    settings = folding.Settings(asdict(Knobs()), Refine(lr=2e-3))
+    settings = folding.Settings(asdict(Knobs()), Refine(steps=20, lr=2e-3))
     reset_peak("cpu")
     clock, before = Clock(), rate()
     with Products() as products:
