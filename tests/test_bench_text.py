@@ -13,6 +13,7 @@ from polymerge.bench.methods import Case
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
 from polymerge.errors import PreflightError
 from polymerge.model.source import Source
+from polymerge.recipe import Fold
 
 FEW = text.Detail(heal_tokens=4096, lrs=(3e-4,), fold={"tokens": 2048, "refine": 0}, test_rows=8)
 SHORT = lm.Training(tokens=4 * 64 * 8, context=64, batch=4, checks=2)
@@ -119,8 +120,9 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     assert len({PLANS[n].family for n in named}) == 6
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum"}
+    assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
     [quick] = text.cases("quick")
-    assert all((d.heal_tokens, d.lrs) == (quick.detail.heal_tokens, quick.detail.lrs) for d in medium.values())
+    assert quick.detail.fold["tokens"] < Fold().tokens
 
 
 def test_without_texts_the_shipped_pair_alone_runs_and_one_line_says_so(texts, tmp_path, monkeypatch):

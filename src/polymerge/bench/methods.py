@@ -7,7 +7,6 @@ the bed's `rival`, in the shape that the fold was given.
 
 import importlib
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -91,23 +90,6 @@ class Case:
     protocol: str
     detail: Any
     methods: tuple[str, ...] | None = None
-
-
-class Once:
-    """A piece of work that several methods share: done once, its cost told to all who come later."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work, self.cost, self.done = work, (0.0, 0.0), False
-        self.value: Any = None
-
-    def __call__(self) -> tuple[Any, tuple[float, float]]:
-        """The result, and the (wall, CPU) seconds of it that the caller has not spent itself."""
-        if self.done:
-            return self.value, self.cost
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.value = self.work()
-        self.cost, self.done = (time.perf_counter() - wall, time.process_time() - cpu), True
-        return self.value, (0.0, 0.0)
 
 
 def rivals() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from polymerge.bench.answers import Weights, initial
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.flops import Products
 from polymerge.bench.fuse import fused
-from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
+from polymerge.bench.shared import Kept, folded
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods import fold as folding
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -29,15 +29,6 @@ FAMILY = "mistral"
 """Of the results: a Llama decoder without the rule that heads divide the width."""
 CLOSE = 0.01
 """Experts this near to the best at a task, on validation pairs, own its rows together with it."""
-
-
-class Folded(NamedTuple):
-    """A fold: its choice, KL in nats that each expert's held-out rows lost, its weights and operations."""
-
-    choice: folding.Choice
-    lost: list[float]
-    weights: Weights
-    flops: int
 
 
 class ModularBed:
@@ -52,6 +43,7 @@ class ModularBed:
         settings: modular.Settings,
         scratch: Path,
         *,
+        shared: Path | None = None,
         device: str = "cpu",
         cache: Path | None = None,
         progress: Callable[[str], None] = lambda _: None,
@@ -82,7 +74,7 @@ class ModularBed:
             "expert_scores": self.table, "anchor": plans[0].name,
         }  # fmt: skip
         self.family = families.get(FAMILY)
-        self._folded = Once(self._fold)
+        self._folded = Kept((shared or scratch) / "fold", self._fold)
         self._scratch = scratch
 
     # ------------------------------------------------------------------ data
@@ -144,17 +136,16 @@ class ModularBed:
 
     def fold(self) -> Outcome:
         """Closed form only."""
-        folded, cost = self._folded()
-        return self._outcome(folded.choice.target, folded.weights, reused=cost, flops=folded.flops, extra={
-            "knobs": vars(folded.choice.knobs), "balance": folded.choice.balance, "divergence": folded.lost,
-            "trials": folded.choice.trials,
-        })  # fmt: skip
+        return self._folded()[1]
 
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
-        folded, cost = self._folded()
-        outcome = self._distilled(folded.choice.target, folded.weights, cost)
-        outcome.flops = (outcome.flops or 0) + folded.flops
+        folder, fold = self._folded()
+        source = Source(folder)
+        weights: Weights = {None: source.outer()}
+        weights |= {layer: source.layer(layer) for layer in range(source.spec.layers)}
+        outcome = self._distilled(source.spec, weights, fold.reused)
+        outcome.flops = (outcome.flops or 0) + (fold.flops or 0)
         return outcome
 
     # ------------------------------------------------------------------ controls
@@ -173,10 +164,10 @@ class ModularBed:
 
     def anchor_distill_more(self) -> Outcome:
         """The fold's operations spent on steps."""
-        folded, _ = self._folded()
-        settings = self.settings.distil
-        once = self._training(plan.parameters(self.family, folded.choice.target), settings.steps)
-        more = round(settings.steps * folded.flops / once)
+        spent, settings = self._folded()[1].flops or 0, self.settings.distil
+        more = round(
+            settings.steps * spent / self._training(plan.parameters(self.family, self._target()), settings.steps)
+        )
         return self._distilled_anchor(self.lessons(), steps=settings.steps + more)
 
     def fuse_distill(self) -> Outcome:
@@ -190,31 +181,28 @@ class ModularBed:
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
-        target = self._folded()[0].choice.target
+        target = self._target()
         return self._distilled(target, initial(target, torch.Generator().manual_seed(self.seed)))
 
     def shrink(self) -> Outcome:
         """One expert, folded into the shape that the fold of all took."""
-        folded, _ = self._folded()
-        return self._plain_fold(self.experts[:1], self.texts([0], self.good), folded.choice.target)
+        return self._plain_fold(self.experts[:1], self.texts([0], self.good))
 
     def placebo(self) -> Outcome:
         """All but the anchor shuffled."""
-        folded, _ = self._folded()
         experts = []
         for k in self.part:
             folder = self._scratch / f"shuffled-{k}"
             path = modular.shuffled(self.experts[k].path, folder, self.seed + k) if k else self.experts[k].path
             experts.append(modular.opened(path, self.device))
-        return self._plain_fold(experts, self.texts(self.part, self.good), folded.choice.target)
+        return self._plain_fold(experts, self.texts(self.part, self.good))
 
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows; every expert speaks for the task that it was trained on."""
-        folded, _ = self._folded()
         everyone = range(len(self.experts))
         make = table.merged_by(method, self.experts, 0, self.texts(everyone, self.meant), self.seed)
         with Products() as products:
-            target, weights, note = fitting(make, folded.choice.target, [e.spec for e in self.experts], self.family)
+            target, weights, note = fitting(make, self._target(), [e.spec for e in self.experts], self.family)
         outcome = self._outcome(target, weights, flops=products.flops)
         outcome.notes = note
         return outcome
@@ -227,23 +215,26 @@ class ModularBed:
 
     # ------------------------------------------------------------------ parts
 
-    def _fold(self) -> Folded:
+    def _fold(self, folder: Path) -> Outcome:
         self.progress("fold")
-        return self._made([self.experts[k] for k in self.part], self.texts(self.part, self.good), self.shapes())
+        done, weights, flops = folded(
+            [self.experts[k] for k in self.part], self.family, self.shapes(), self.texts(self.part, self.good),
+            self.settings.fold, self.seed, self.progress,
+        )  # fmt: skip
+        choice = done.choice
+        tokens.save(folder, self.family, choice.target, weights, self.experts[0])
+        extra = {"knobs": vars(choice.knobs), "balance": choice.balance, "divergence": done.excess}
+        return self._judged(folder, choice.target, flops=flops, extra=extra | {"trials": choice.trials})
 
-    def _made(self, experts: Sequence[Source], texts: Calibration, shapes: Sequence[Spec]) -> Folded:
-        parts: list[tuple[int | None, dict[str, Tensor]]] = []
-        with Products() as products:
-            done = folding.fold(
-                experts, self.family, shapes, texts, self.settings.fold, seed=self.seed, progress=self.progress,
-                emit=lambda _: lambda layer, some: parts.append((layer, some)),
-            )  # fmt: skip
-        return Folded(done.choice, done.excess, gathered(parts), products.flops)
+    def _target(self) -> Spec:
+        """The shape that the fold chose."""
+        return Source(self._folded()[0]).spec
 
-    def _plain_fold(self, experts: Sequence[Source], texts: Calibration, target: Spec) -> Outcome:
+    def _plain_fold(self, experts: Sequence[Source], texts: Calibration) -> Outcome:
         """A fold of other experts in the shape that the fold took."""
-        folded = self._made(experts, texts, [target])
-        return self._outcome(folded.choice.target, folded.weights, flops=folded.flops)
+        target = self._target()
+        _, weights, flops = folded(experts, self.family, [target], texts, self.settings.fold, self.seed, self.progress)
+        return self._outcome(target, weights, flops=flops)
 
     def _training(self, parameters: int, steps: int) -> int:
         """Operations of a distillation at every learning rate."""
@@ -263,12 +254,11 @@ class ModularBed:
 
     def _distilled_anchor(self, lessons: Mapping[str, Lesson], steps: int | None = None) -> Outcome:
         """The padded anchor, distilled."""
-        folded, _ = self._folded()
 
         def padded(target: Spec) -> Weights:
             return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
 
-        target, weights, note = fitting(padded, folded.choice.target, [self.experts[0].spec], self.family)
+        target, weights, note = fitting(padded, self._target(), [self.experts[0].spec], self.family)
         outcome = self._distilled(target, weights, lessons=lessons, steps=steps)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
@@ -297,26 +287,29 @@ class ModularBed:
         outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
         return outcome
 
-    def _outcome(
+    def _outcome(self, target: Spec, weights: Mapping[int | None, Mapping[str, Tensor]], **facts: Any) -> Outcome:
+        """Write the model as a Hugging Face folder, and `_judged`."""
+        with tempfile.TemporaryDirectory(dir=self._scratch) as place:
+            folder = Path(place) / "model"
+            tokens.save(folder, self.family, target, weights, self.experts[0])
+            return self._judged(folder, target, **facts)
+
+    def _judged(
         self,
+        folder: Path,
         target: Spec,
-        weights: Mapping[int | None, Mapping[str, Tensor]],
         *,
         reused: tuple[float, float] = (0.0, 0.0),
         flops: int | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Outcome:
-        """Write the model as a Hugging Face folder and measure what transformers makes of it."""
-        with tempfile.TemporaryDirectory(dir=self._scratch) as place:
-            folder = Path(place) / "model"
-            tokens.save(folder, self.family, target, weights, self.experts[0])
-            tests = {task: split.test for task, split in self.splits.items()}
-            scores = tokens.accuracy(folder, tests, self.device)
-            held = tokens.accuracy(folder, self.validation, self.device)
+        """What transformers makes of a model."""
+        tests = {task: split.test for task, split in self.splits.items()}
+        scores = tokens.accuracy(folder, tests, self.device)
+        held = tokens.accuracy(folder, self.validation, self.device)
         more = {"validation": held, "step_val_acc_99": 0 if min(held.values()) > 0.99 else None}  # noqa: PLR2004
-        parameters = plan.parameters(self.family, target)
         size, extra = table.size_of(target), more | dict(extra or {})
-        return Outcome(scores, parameters, size, flops=flops, reused=reused, extra=extra)
+        return Outcome(scores, plan.parameters(self.family, target), size, flops=flops, reused=reused, extra=extra)
 
 
 def _answers(expert: Source, rows: Tensor, device: str) -> Tensor:

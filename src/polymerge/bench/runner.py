@@ -6,6 +6,7 @@ report("out/bench")                       # LEADERBOARD.md and report.html, from
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -17,7 +18,7 @@ from polymerge import threads
 from polymerge.bench import board
 from polymerge.bench import methods as table
 from polymerge.bench.locks import held
-from polymerge.bench.machine import commit, describe, peak, reset_peak, versions, without_folders
+from polymerge.bench.machine import code, commit, describe, peak, reset_peak, versions, without_folders
 from polymerge.bench.methods import Bed, Case, Outcome
 from polymerge.bench.rows import Key, Row, Store, gather, summarise
 from polymerge.clock import Clock
@@ -27,8 +28,8 @@ from polymerge.progress import Progress, Quiet
 SUITES = ("modular", "text")
 PROFILES = ("quick", "medium", "full")
 MOST_WORKERS = 4
-Make = Callable[[Case, int, str, Path, Callable[[str], None]], Bed]
-"""(case, seed, device, scratch folder, listener) -> bed."""
+Make = Callable[[Case, int, str, Path, Path, Callable[[str], None]], Bed]
+"""(case, seed, device, own scratch folder, folder shared with other processes, listener) -> bed."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,10 @@ def _suite(name: str, profile: str, texts: Path | str | None) -> Suite:
 
         settings = modular.PROFILES[profile]
 
-        def modular_bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
-            return ModularBed(case, seed, settings, scratch, device=device, progress=tell)
+        def modular_bed(
+            case: Case, seed: int, device: str, own: Path, shared: Path, tell: Callable[[str], None]
+        ) -> Bed:
+            return ModularBed(case, seed, settings, own, shared=shared, device=device, progress=tell)
 
         def experts(cases: Sequence[Case], seeds: int, device: str, tell: Callable[[str], None]) -> None:
             if device != "cpu":
@@ -185,8 +188,8 @@ def _suite(name: str, profile: str, texts: Path | str | None) -> Suite:
 
     folder = text_experts.texts_folder(Path(texts) if texts else None)
 
-    def bed(case: Case, seed: int, device: str, scratch: Path, tell: Callable[[str], None]) -> Bed:
-        return text_bed.TextBed(case, seed, scratch, texts=folder, device=device, progress=tell)
+    def bed(case: Case, seed: int, device: str, own: Path, shared: Path, tell: Callable[[str], None]) -> Bed:
+        return text_bed.TextBed(case, seed, own, shared=shared, texts=folder, device=device, progress=tell)
 
     return Suite(text.cases(profile), bed, lambda case: text.lacking(case, folder))
 
@@ -218,6 +221,7 @@ class Cells:
         self.missing = 0
         self.failures: dict[Key, Exception] = {}
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
+        self.code = code()
 
     def run(self, cases: Sequence[Case], suite: Suite) -> None:
         """Every cell without a row, case by case: experts are loaded and folded once. Then what others are still at."""
@@ -250,13 +254,16 @@ class Cells:
         if self.parent is not None and os.getppid() != self.parent:
             raise SystemExit
         left = self._left(case, seed)
-        with TemporaryDirectory(prefix="polymerge-bench-") as scratch:
+        shared = self.out / ".work" / self.code / self._claim(case, seed).name
+        with TemporaryDirectory(prefix="polymerge-bench-") as own:
             bed: Bed | PreflightError | None = None
             for method in reversed(left) if backwards else left:
                 with held(self._claim(case, seed, method), wait=wait) as mine:
                     if mine and method in self._left(case, seed):
-                        bed = bed or self._bed(case, seed, make, Path(scratch))
+                        bed = bed or self._bed(case, seed, make, Path(own), shared)
                         self._cell(case, seed, method, bed)
+        if not self._left(case, seed):
+            shutil.rmtree(shared, ignore_errors=True)
 
     def _missing(self) -> int:
         """Cells without a row."""
@@ -281,14 +288,14 @@ class Cells:
         """What makes sense for a case: a baseline has its one expert, other cases everything else."""
         return [m for m in self.wanted if (m in case.methods if case.methods else m != "expert")]
 
-    def _bed(self, case: Case, seed: int, make: Make, scratch: Path) -> Bed | PreflightError:
+    def _bed(self, case: Case, seed: int, make: Make, own: Path, shared: Path) -> Bed | PreflightError:
         """The case's experts, or why there are none."""
 
         def tell(note: str) -> None:
             self.progress.advance(f"{case.name} {note}", 0)
 
         try:
-            return make(case, seed, self.device, scratch, tell)
+            return make(case, seed, self.device, own, shared, tell)
         except PreflightError as error:
             return error
 

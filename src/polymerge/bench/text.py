@@ -1,10 +1,11 @@
 """Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
 
-`quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer. `full`:
-these at four sizes, and experts trained on the user's own texts (`text_experts.py`): Shakespeare and Python that differ
-in one axis at a time, pairs over other domains, three and four experts at once. The fold is `polymerge.merge` itself;
-every distilled method heals on the same tokens with the same grid of learning rates, the rate chosen by the worst skill
-on validation text. `medium`: full's cases at the sum of sizes with quick's healing, for one CPU.
+`quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer, by a fold of
+a quarter of the default's text. `full`: these at four sizes, and experts trained on the user's own texts
+(`text_experts.py`): Shakespeare and Python that differ in one axis at a time, pairs over other domains, three and four
+experts at once. The fold is `polymerge.merge` itself; every distilled method heals on the same tokens with the same
+grid of learning rates, the rate chosen by the worst skill on validation text. `medium`: full's cases at the sum of
+sizes with a quarter of its healing, for one CPU.
 """
 
 import math
@@ -54,7 +55,8 @@ class Detail:
         return {"params": parameters if self.budget == "sum" else self.budget}
 
 
-QUICK: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
+MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
+QUICK: dict[str, Any] = {"heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 16_000, "refine": 60}}
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 MORE = (
@@ -74,7 +76,7 @@ def cases(profile: str) -> list[Case]:
     found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
     if profile == "full":
         return found
-    return [replace(case, detail=replace(case.detail, **QUICK)) for case in found if case.detail.budget == "sum"]
+    return [replace(case, detail=replace(case.detail, **MEDIUM)) for case in found if case.detail.budget == "sum"]
 
 
 def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:

@@ -3,11 +3,11 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from polymerge import families, plan, recipe
 from polymerge.bench import methods as table
@@ -15,7 +15,8 @@ from polymerge.bench import modular, peer, tokens
 from polymerge.bench.answers import Weights
 from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
-from polymerge.bench.methods import Case, Once, Outcome, fitting, gathered
+from polymerge.bench.methods import Case, Outcome, fitting, gathered
+from polymerge.bench.shared import Kept, folded
 from polymerge.bench.text import Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
 from polymerge.calibrate.texts import read_skill
@@ -45,6 +46,7 @@ class TextBed:
         seed: int,
         scratch: Path,
         *,
+        shared: Path | None = None,
         texts: Path | None = None,
         device: str = "cpu",
         progress: Callable[[str], None] = lambda _: None,
@@ -73,7 +75,8 @@ class TextBed:
             "heal": asdict(self.detail), "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
             "training": {name: one.record for name, one in found.items() if one.record},
         }  # fmt: skip
-        self._folded, self._translated = Once(self._fold), Once(self._translate)
+        self.shared = shared or scratch
+        self._folded = Kept(self.shared / "fold", self._fold)
 
     def union(self) -> Outcome:
         """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
@@ -81,16 +84,13 @@ class TextBed:
 
     def fold(self) -> Outcome:
         """`polymerge merge` without healing."""
-        (result, flops), cost = self._folded()
-        extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
-        scores = {skill: row["fold"] for skill, row in result.skills.items()}
-        return Outcome(scores, result.parameters, dict(result.shape), flops=flops, reused=cost, extra=extra)
+        return self._folded()[1]
 
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
-        (_, flops), cost = self._folded()
-        outcome = self._distilled(lambda: load_student(self.place / "fold"), self._target())
-        outcome.reused, outcome.flops = cost, (outcome.flops or 0) + flops
+        folder, fold = self._folded()
+        outcome = self._distilled(lambda: load_student(folder), self._target())
+        outcome.reused, outcome.flops = fold.reused, (outcome.flops or 0) + (fold.flops or 0)
         return outcome
 
     # ------------------------------------------------------------------ controls
@@ -116,7 +116,7 @@ class TextBed:
 
     def anchor_distill_more(self) -> Outcome:
         """The fold's operations spent on tokens."""
-        (_, spent), _ = self._folded()
+        spent = self._folded()[1].flops or 0
         budget = plan.parameters(self.family, self._target())
         tokens = self.detail.heal_tokens
         return self._distilled_anchor(tokens=tokens + round(tokens * spent / self._training(budget, tokens)))
@@ -129,8 +129,7 @@ class TextBed:
         """Weights as transformers draws them."""
         from transformers import AutoModelForCausalLM
 
-        self._folded()
-        config = load_student(self.place / "fold").config
+        config = load_student(self._folded()[0]).config
 
         def drawn() -> Any:
             with torch.random.fork_rng():
@@ -162,11 +161,13 @@ class TextBed:
             except PreflightError:
                 if all(llama_like(s.spec) for s in self.sources.values()):
                     raise
-                (experts, note, flops), reused = self._translated()
+                experts, note, flops, reused = self._translated()
                 before = products.flops
                 target, weights, shape = self._merged_by(method, experts)
                 flops += products.flops - before
-        model = load_student(self._saved("rival", target, weights))
+        folder = self._new("rival")
+        self._save(folder, target, weights)
+        model = load_student(folder)
         outcome = self._measured(model, target)
         outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
         outcome.flops = flops or products.flops
@@ -183,18 +184,20 @@ class TextBed:
 
     # ------------------------------------------------------------------ parts
 
-    def _fold(self) -> tuple[Any, int]:
-        """The merge, and the operations of its products without those that only measure."""
+    def _fold(self, folder: Path) -> Outcome:
+        """The merge; of its operations those that only measure do not count."""
         self.progress("fold")
         with Products() as products:
             listener = Until("test", products)
-            result = merge(self.recipe, self.place / "fold", device=self.device, progress=listener)
-        return result, (listener.flops or products.flops) - self.measuring
+            result = merge(self.recipe, folder, device=self.device, progress=listener)
+        extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
+        scores = {skill: row["fold"] for skill, row in result.skills.items()}
+        flops = (listener.flops or products.flops) - self.measuring
+        return Outcome(scores, result.parameters, dict(result.shape), flops=flops, extra=extra)
 
     def _target(self) -> Spec:
         """The shape that the fold chose; the controls are given it for nothing."""
-        self._folded()
-        return Source(self.place / "fold").spec
+        return Source(self._folded()[0]).spec
 
     @property
     def family(self) -> Any:
@@ -207,22 +210,28 @@ class TextBed:
         make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
         return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
 
-    def _translate(self) -> tuple[dict[str, Source], str, int]:
+    def _translated(self) -> tuple[dict[str, Source], str, int, tuple[float, float]]:
         """The experts, each that is not llama-like folded alone into the result's family at its own size.
 
-        In the rivals' favour: none of them could merge it as it is.
+        In the rivals' favour: none of them could merge it as it is. Also what to say of it, its operations and seconds.
         """
-        experts, said, spent = dict(self.sources), [], 0
+        experts, said, spent, wall, cpu = dict(self.sources), [], 0, 0.0, 0.0
         for name, source in self.sources.items():
             if llama_like(source.spec):
                 continue
-            own, shape = source.spec, table.own_size(source.spec, self._target(), self.family)
-            model, _, flops = self._folded_alone({name: source}, {name: self.texts[name]}, shape)
-            spent += flops
-            score = bits_per_byte(load_student(model), self.test[name], device=self.device)
-            said.append(f"{name} translated from {own.family} by our fold alone first ({score:.4f})")
-            experts[name] = Source(model, device=self.device)
-        return experts, ", ".join(said), spent
+            folder, outcome = Kept(self.shared / f"translated-{name}", partial(self._translate, name))()
+            experts[name] = Source(folder, device=self.device)
+            said.append(
+                f"{name} translated from {source.spec.family} by our fold alone first ({outcome.scores[name]:.4f})"
+            )
+            spent, wall, cpu = spent + (outcome.flops or 0), wall + outcome.reused[0], cpu + outcome.reused[1]
+        return experts, ", ".join(said), spent, (wall, cpu)
+
+    def _translate(self, name: str, folder: Path) -> Outcome:
+        """One expert in the result's family."""
+        shape = table.own_size(self.sources[name].spec, self._target(), self.family)
+        flops = self._plain({name: self.sources[name]}, {name: self.texts[name]}, shape, folder)[1]
+        return Outcome({name: bits_per_byte(load_student(folder), self.test[name], device=self.device)}, flops=flops)
 
     def _single(self, name: str) -> Outcome:
         source = self.sources[name]
@@ -231,23 +240,21 @@ class TextBed:
 
     def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
         """The fold of these experts into the chosen shape."""
-        folder, knobs, flops = self._folded_alone(experts, skills, self._target())
+        folder = self._new("plain")
+        knobs, flops = self._plain(experts, skills, self._target(), folder)
         outcome = self._measured(load_student(folder), self._target())
         outcome.extra["knobs"], outcome.flops = knobs, flops
         return outcome
 
-    def _folded_alone(
-        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec
-    ) -> tuple[Path, dict[str, Any], int]:
-        """A fold of these experts into one shape, nothing else tried: its folder, knobs and operations."""
-        parts: list[tuple[int | None, dict[str, Tensor]]] = []
-        with Products() as products:
-            texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
-            done = folding.fold(
-                list(experts.values()), self.family, [target], texts, folding.Settings.of(self.recipe.fold),
-                seed=self.seed, emit=lambda _: lambda layer, some: parts.append((layer, some)),
-            )  # fmt: skip
-        return self._saved("plain", target, gathered(parts)), asdict(done.choice.knobs), products.flops
+    def _plain(
+        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec, folder: Path
+    ) -> tuple[dict[str, Any], int]:
+        """A fold of these experts into one shape, nothing else tried, written to a folder: its knobs and operations."""
+        texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
+        settings = folding.Settings.of(self.recipe.fold)
+        done, weights, flops = folded(list(experts.values()), self.family, [target], texts, settings, self.seed)
+        self._save(folder, target, weights)
+        return asdict(done.choice.knobs), flops
 
     def _distilled_anchor(self, guide: Any = None, tokens: int | None = None) -> Outcome:
         """The padded anchor, distilled."""
@@ -257,7 +264,8 @@ class TextBed:
             return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
 
         target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
-        folder = self._saved("padded", target, weights)
+        folder = self._new("padded")
+        self._save(folder, target, weights)
         outcome = self._distilled(lambda: load_student(folder), target, guide, tokens)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
@@ -284,10 +292,12 @@ class TextBed:
         """Operations of healing so many parameters at every learning rate."""
         return operations(parameters, tokens, len(self.detail.lrs), list(self.expert_parameters.values()))
 
-    def _saved(self, name: str, target: Spec, weights: Weights) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
+    def _new(self, name: str) -> Path:
+        """A folder that is not there yet."""
+        return Path(tempfile.mkdtemp(dir=self.place, prefix=f"{name}-")) / "model"
+
+    def _save(self, folder: Path, target: Spec, weights: Weights) -> None:
         tokens.save(folder, self.family, target, weights, self.sources[self.detail.anchor])
-        return folder
 
     def _over(self, model: Any) -> dict[str, float]:
         """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""

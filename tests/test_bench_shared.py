@@ -1,0 +1,62 @@
+"""Folds shared by the methods of a case: made once by whoever is first, whole or again, gone when the case is done."""
+
+import pytest
+from test_bench import tiny  # noqa: F401  a fixture
+
+from polymerge import bench
+from polymerge.bench import modular_bed
+from polymerge.bench.methods import Outcome
+from polymerge.bench.modular_bed import ModularBed
+from polymerge.bench.shared import Kept
+
+
+def maker(made, text="whole"):
+    def make(folder):
+        folder.mkdir()
+        (folder / "model").write_text(text)
+        made.append(text)
+        return Outcome({"skill": 0.5}, 7, {"layers": 2}, flops=9, extra={"balance": (1.0, float("inf"))})
+
+    return make
+
+
+def test_the_second_who_asks_is_given_what_the_first_made_and_told_what_it_took(tmp_path):
+    made = []
+    folder, first = Kept(tmp_path / "fold", maker(made))()
+    again, second = Kept(tmp_path / "fold", maker(made))()
+    assert made == ["whole"]
+    assert folder == again
+    assert first.reused == (0.0, 0.0)
+    assert second.reused[0] != 0  # the first one's seconds
+    assert (second.scores, second.parameters, second.size, second.flops) == ({"skill": 0.5}, 7, {"layers": 2}, 9)
+    assert second.extra == {"balance": [1.0, float("inf")]}
+
+
+def test_half_a_model_is_made_again(tmp_path):
+    def killed(folder):
+        maker([], "half")(folder)
+        raise KeyboardInterrupt
+
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        Kept(tmp_path / "fold", killed)()
+    folder, _ = Kept(tmp_path / "fold", maker(made))()
+    assert made == ["whole"]
+    assert (folder / "model").read_text() == "whole"
+
+
+def test_a_run_that_is_stopped_goes_on_with_its_fold_and_leaves_nothing(tiny, monkeypatch):  # noqa: F811
+    heal = ModularBed.fold_heal
+
+    def stop(_bed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModularBed, "fold_heal", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("modular", "quick", tiny, ["fold", "fold_heal"], device="cpu")
+    monkeypatch.setattr(ModularBed, "fold_heal", heal)
+    monkeypatch.setattr(modular_bed, "folded", lambda *_a, **_k: pytest.fail("folded again"))
+    fold, healed = bench.run("modular", "quick", tiny, ["fold", "fold_heal"], device="cpu")
+    assert healed.seconds > fold.seconds > 0
+    assert healed.flops > fold.flops
+    assert not list(tiny.glob(".work/*/*"))
