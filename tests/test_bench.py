@@ -93,10 +93,14 @@ def test_prefix_deduplication_gives_the_loss_and_gradients_of_the_plain_pass(pla
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def trained(spec, rows, validation, settings, seed):
+    return train.together(spec, [train.Study(rows, validation, seed)], settings)[0]
+
+
 def test_training_learns_sums_and_is_deterministic():
     split = SMALL.split("x_plus_y", 0, 0.8)
     spec, _ = weights_of(PLUS)
-    runs = [train.train(spec, split.train, split.validation, TINY.training, 0) for _ in range(2)]
+    runs = [trained(spec, split.train, split.validation, TINY.training, 0) for _ in range(2)]
     assert runs[0].final["final_train_acc"] > 0.9
     assert runs[0].curve[0]["train_loss"] > 3 * runs[0].final["final_train_loss"]
     timeless = {"seconds": 0, "cpu_seconds": 0}
@@ -110,7 +114,7 @@ def test_experts_trained_side_by_side_learn_as_they_do_alone():
     spec, _ = weights_of(PLUS)
     settings = replace(TINY.training, steps=60, target=0.02, enough=0)  # each stops when it will
     stack = train.together(spec, [train.Study(s.train, s.validation, seed) for s, seed in splits], settings)
-    alone = [train.train(spec, s.train, s.validation, settings, seed) for s, seed in splits]
+    alone = [trained(spec, s.train, s.validation, settings, seed) for s, seed in splits]
     assert len({one.steps for one in alone}) > 1
     for a, b in zip(stack, alone, strict=True):
         assert (a.steps, a.best_step, a.step_val_acc_99) == (b.steps, b.best_step, b.step_val_acc_99)
@@ -142,9 +146,9 @@ def test_stacks_hold_what_the_cache_lacks_and_nobody_trains(tmp_path, monkeypatc
 def test_step_val_acc_99_counts_updates_or_says_that_it_never_came():
     split = SMALL.split("x_plus_y", 0, 0.8)
     spec, _ = weights_of(PLUS)
-    never = train.train(spec, split.train, split.validation, replace(TINY.training, steps=20), 0)
+    never = trained(spec, split.train, split.validation, replace(TINY.training, steps=20), 0)
     assert never.step_val_acc_99 == 20
-    seen = train.train(spec, split.train, split.train, TINY.training, 0)  # validated on what it is trained on
+    seen = trained(spec, split.train, split.train, TINY.training, 0)  # validated on what it is trained on
     assert seen.step_val_acc_99 % 10 == 0
     assert seen.step_val_acc_99 < 200
     assert seen.best_val_acc >= 0.999
@@ -367,7 +371,7 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     assert fold.worst == fold.scores[fold.worst_skill]
     assert (tiny / "LEADERBOARD.md").read_text() == board.write(rows)
     lines = Store(tiny).path.read_bytes()
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("an expert is trained again"))
+    monkeypatch.setattr(modular, "together", lambda *_, **__: pytest.fail("an expert is trained again"))
     assert bench.run("modular", "quick", tiny, WANTED, device="cpu") == rows
     assert Store(tiny).path.read_bytes() == lines
 

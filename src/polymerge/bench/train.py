@@ -69,20 +69,6 @@ class Study:
     seed: int
 
 
-def train(
-    spec: Spec,
-    rows: Int[Tensor, "row 4"],
-    validation: Int[Tensor, "held_out 4"],
-    settings: Training,
-    seed: int,
-    *,
-    device: str = "cpu",
-    progress: Callable[[str], None] = lambda _: None,
-) -> Trained:
-    """Train a decoder from scratch on rows; memory is one model, its optimiser state and its best state."""
-    return together(spec, [Study(rows, validation, seed)], settings, device=device, progress=progress)[0]
-
-
 def together(
     spec: Spec,
     studies: Sequence[Study],
