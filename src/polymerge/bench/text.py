@@ -1,7 +1,7 @@
 """Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
 
 `quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer, by a fold of
-a quarter of the default's text. `full`: these at four sizes, and experts trained on the user's own texts
+half the default's text. `full`: these at four sizes, and experts trained on the user's own texts
 (`text_experts.py`): Shakespeare and Python that differ in one axis at a time, pairs over other domains, three and four
 experts at once. The fold is `polymerge.merge` itself; every distilled method heals on the same tokens with the same
 grid of learning rates, the rate chosen by the worst skill on validation text. `medium`: full's cases at the sum of
@@ -56,7 +56,7 @@ class Detail:
 
 
 MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
-QUICK: dict[str, Any] = {"heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 16_000, "refine": 60}}
+QUICK: dict[str, Any] = {"heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60}}
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 MORE = (
