@@ -34,8 +34,8 @@ def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 
         costs = torch.stack([_costs(i, s, group) for i, s in zip(inverses, solutions, strict=True)]).sum(0)
         lot = min(len(alive) - keep, max(1, int(step * len(alive))))
         order = torch.argsort(costs, stable=True)
-        drop = _members(order[:lot], group)
-        stay = _members(order[lot:].sort().values, group)
+        drop = members(order[:lot], group)
+        stay = members(order[lot:].sort().values, group)
         for k, (inverse, solution) in enumerate(zip(inverses, solutions, strict=True)):
             gain = torch.linalg.solve(
                 inverse[drop][:, drop], torch.cat([inverse[drop][:, stay], solution[drop]], dim=1)
@@ -47,7 +47,8 @@ def keep_groups(writers: Sequence[Writer], group: int, keep: int, step: float = 
     return alive
 
 
-def _members(groups: Tensor, size: int) -> Tensor:
+def members(groups: Tensor, size: int) -> Tensor:
+    """Indices of the members of groups of `size` consecutive entries."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polymerge.align import depth, prune, width
+from polymerge.align import depth, width
 from polymerge.align.heads import expand_groups, placement
+from polymerge.align.prune import members
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.moments import Moments
 from polymerge.clock import Clock
-from polymerge.methods import _judge, _refine
+from polymerge.methods import _judge, _refine, _writers
 from polymerge.methods._experts import Experts, Present
 from polymerge.model import decoder
 from polymerge.model.source import Source
@@ -167,13 +168,13 @@ class LayerFold:
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
-        writers = self.writers(lambda rows: self._mixed(wide, weights, rows), total * ratio * size)
-        keep = self.keep(writers, layer, "mid", ratio * size, target.kv_heads)
+        writers = _writers.moments(self, lambda rows: self._mixed(wide, weights, rows), total * ratio * size)
+        keep = _writers.kept(self, writers, layer, "mid", ratio * size, target.kv_heads)
         for role, per in (("q", ratio * size), ("k", size), ("v", size)):
             for name in (f"{role}.weight", f"{role}.bias"):
                 if name in weights:
                     weights[name] = weights[name][members(keep, per)].contiguous()
-        weights["o.weight"] = self.write(writers, members(keep, ratio * size))
+        weights["o.weight"] = _writers.solved(self, writers, members(keep, ratio * size))
         ones = torch.ones(target.width, dtype=self.dtype, device=self.device)
         weights |= {"norm1.weight": ones, "norm2.weight": ones.clone()}
         self._advance(lambda rows: self._mixed(target, weights, rows), weights["o.weight"])
@@ -205,10 +206,10 @@ class LayerFold:
             f"{role}.weight": torch.cat([*(f.solve(knobs.ridge).to(self.dtype) for f in fits.values()), extra], dim=1).T
             for role, fits, extra in (("gate", gates, spare[0]), ("up", ups, spare[1]))
         }
-        writers = self.writers(lambda rows: self._hidden(weights, rows), len(weights["up.weight"]))
-        keep = self.keep(writers, layer, "out", 1, target.mlp)
+        writers = _writers.moments(self, lambda rows: self._hidden(weights, rows), len(weights["up.weight"]))
+        keep = _writers.kept(self, writers, layer, "out", 1, target.mlp)
         weights = {role: w[keep].contiguous() for role, w in weights.items()}
-        weights["down.weight"] = self.write(writers, keep)
+        weights["down.weight"] = _writers.solved(self, writers, keep)
         if not self.refine.steps:
             self._advance(lambda rows: self._hidden(weights, rows), weights["down.weight"])
         return weights
@@ -226,78 +227,6 @@ class LayerFold:
                 head = _refine.head(self, head)
         return {"norm.weight": torch.ones(self.target.width, dtype=self.dtype), "head.weight": head}
 
-    # ------------------------------------------------------------------------------------------ writers
-
-    def goal(self, k: int, rows: Tensor, *, fitted: bool = True) -> tuple[Tensor, Tensor]:
-        """What expert k's slice should hold now (row, time, slice), and the weight of each position.
-
-        `fitted`: rows held out have no weight; else all have theirs, to measure by.
-        """
-        owned = self.texts.owned[k][rows].to(self.device)
-        goal = self.experts.state(k, rows) @ self.encoders[k][:, self.slices[k]].to(self.device)
-        quiet = self.mute * (1 - owned)
-        if fitted:
-            quiet = quiet * self.texts.fit[rows, None].to(owned)
-        weight = (self.weight if fitted else self.say)[k][rows].to(owned)
-        return goal * owned[..., None], weight + quiet
-
-    def writers(self, features: Features, inputs: int) -> list[Moments]:
-        """Per expert: moments from hidden features onto what its slice still lacks.
-
-        Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram
-        matrix for each owner serves all slices, and only positions that differ (shared beginnings) are counted apart.
-        """
-        out = [Moments.zeros(inputs, s.stop - s.start, self.device) for s in self.slices]
-        shared = torch.zeros(len(self.experts), inputs, inputs, dtype=torch.float64, device=self.device)
-        for rows in self.batches():
-            x, state, owner = features(rows), self.state[rows].to(self.device), self.texts.owner[rows]
-            fit = self.texts.fit[rows]
-            for j in owner[fit].unique().tolist():
-                mine = x[fit & (owner == j)].flatten(0, 1)
-                shared[j] += (mine.T @ mine).double()
-            for k, part in enumerate(self.slices):
-                goal, weight = self.goal(k, rows)
-                out[k].add_cross(x.flatten(0, 1), (goal - state[..., part]).flatten(0, 1), weight.flatten())
-                usual = torch.where(owner == k, 1.0, self.mute).to(weight)[:, None] * fit[:, None].to(weight)
-                out[k].add_gram(x.flatten(0, 1), (weight - usual).flatten())
-        for k, moments in enumerate(out):
-            for j, gram in enumerate(shared):
-                moments.gram += gram * (1.0 if j == k else self.mute)
-        return out
-
-    def keep(self, writers: list[Moments], layer: int, where: str, group: int, keep: int) -> Tensor:
-        """Which groups of inputs stay: the cheapest to lose in KL go first, whoever they belong to."""
-        groups = len(writers[0].gram) // group
-        if groups <= keep:
-            return torch.arange(groups)
-        shares = [
-            prune.Writer(
-                m.damped(self.knobs.ridge) / max(m.weight, 1e-30),
-                m.solve(self.knobs.ridge) @ root(self.balance[k] * self._metric(k, layer, where)),
-            )
-            for k, m in enumerate(writers)
-        ]
-        return prune.keep_groups(shares, group, keep)
-
-    def write(self, writers: list[Moments], inputs: Tensor) -> Tensor:
-        """The writer's weight (resid, in), each expert's slice by its own regression."""
-        out = torch.zeros(self.target.width, len(inputs), dtype=self.dtype, device=self.device)
-        for moments, part in zip(writers, self.slices, strict=True):
-            out[part] = moments.solve(self.knobs.ridge, inputs.to(self.device)).T.to(self.dtype)
-        return out
-
-    def _metric(self, k: int, layer: int, where: str) -> Tensor:
-        """Fisher matrix of expert k's slice where its state now stands."""
-        hosts = self.experts.hosts[k]
-        reached = sum(host <= layer for host in hosts)
-        last = max(reached - 1, 0)
-        at_mid = reached == 0 or (where == "mid" and hosts[last] == layer)
-        fisher = (self.bases[k].fisher_mid if at_mid else self.bases[k].fisher_out)[last]
-        size = self.slices[k].stop - self.slices[k].start
-        told = self.bases[k].directions[:, :size].to(fisher) * self.scales[k]
-        metric: Tensor = told.T @ fisher @ told
-        return metric
-
     # ------------------------------------------------------------------------------------------ parts
 
     def batches(self) -> Iterator[Tensor]:
@@ -311,6 +240,19 @@ class LayerFold:
     def normalised(self, rows: Tensor, time: int | None = None) -> Tensor:
         """The target's normed stream: what its readers and its head see."""
         return decoder.rms(self.state[rows, :time].to(self.device), self.target.eps)
+
+    def goal(self, k: int, rows: Tensor, *, fitted: bool = True) -> tuple[Tensor, Tensor]:
+        """What expert k's slice should hold now (row, time, slice), and the weight of each position.
+
+        `fitted`: rows held out have no weight; else all have theirs, to measure by.
+        """
+        owned = self.texts.owned[k][rows].to(self.device)
+        goal = self.experts.state(k, rows) @ self.encoders[k][:, self.slices[k]].to(self.device)
+        quiet = self.mute * (1 - owned)
+        if fitted:
+            quiet = quiet * self.texts.fit[rows, None].to(owned)
+        weight = (self.weight if fitted else self.say)[k][rows].to(owned)
+        return goal * owned[..., None], weight + quiet
 
     def teacher(self, rows: Tensor) -> Tensor:
         """What the head should say (row, time, vocab): see `Experts.teacher`."""
@@ -365,19 +307,6 @@ class LayerFold:
 
     def _add(self, moments: Moments, x: Tensor, y: Tensor, weight: Tensor) -> None:
         moments.add(x.flatten(0, -2), y.flatten(0, -2), weight.to(x).flatten())
-
-
-def members(groups: Tensor, size: int) -> Tensor:
-    """Indices of the members of groups of `size` consecutive entries."""
-    return (groups[:, None] * size + torch.arange(size)).flatten()
-
-
-def root(metric: Tensor) -> Tensor:
-    """A square root of a positive semi-definite matrix, slightly lifted so that no direction is free."""
-    eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    power, vectors = torch.linalg.eigh(metric + 1e-3 * metric.diagonal().mean() * eye)
-    scaled: Tensor = vectors * power.clamp_min(0).sqrt()
-    return scaled
 
 
 def as_gated(activation: str, gate: Tensor | None, up: Tensor) -> tuple[Tensor, Tensor]:
