@@ -291,7 +291,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     class Bed:
         def __init__(self, metric):
             self.metric, self.budget = metric, "sum"
-            self.owners = self.anchor_scores = self.expert_parameters = self.setting = {}
+            self.owners = self.anchor_scores = self.expert_parameters = self.setting = self.shared = {}
 
         def rival(self, method):
             held = {"a": 1.0, "b": method.knob}

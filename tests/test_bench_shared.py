@@ -1,5 +1,7 @@
 """Folds shared by the methods of a case: made once by whoever is first, whole or again, gone when the case is done."""
 
+import time
+
 import pytest
 from test_bench import tiny  # noqa: F401  a fixture
 
@@ -7,14 +9,17 @@ from polymerge import bench
 from polymerge.bench import modular_bed
 from polymerge.bench.methods import Outcome
 from polymerge.bench.modular_bed import ModularBed
-from polymerge.bench.shared import Kept
+from polymerge.bench.shared import Shared
 
 
 def maker(made, text="whole"):
+    """Takes 50 ms."""
+
     def make(folder):
         folder.mkdir()
         (folder / "model").write_text(text)
         made.append(text)
+        time.sleep(0.05)
         return Outcome({"skill": 0.5}, 7, {"layers": 2}, flops=9, extra={"balance": (1.0, float("inf"))})
 
     return make
@@ -22,12 +27,16 @@ def maker(made, text="whole"):
 
 def test_the_second_who_asks_is_given_what_the_first_made_and_told_what_it_took(tmp_path):
     made = []
-    folder, first = Kept(tmp_path / "fold", maker(made))()
-    again, second = Kept(tmp_path / "fold", maker(made))()
+    one, other = Shared(tmp_path), Shared(tmp_path)
+    folder, first = one.model("fold", maker(made))
+    again, second = other.model("fold", maker(made))
     assert made == ["whole"]
     assert folder == again
-    assert first.reused == (0.0, 0.0)
-    assert second.reused[0] != 0  # the first one's seconds
+    assert first.reused == second.reused
+    assert 0.05 <= first.reused[0] <= one.spent[0] < 1
+    assert other.spent[0] < 0.05
+    one.begin()
+    assert one.spent == (0.0, 0.0)
     assert (second.scores, second.parameters, second.size, second.flops) == ({"skill": 0.5}, 7, {"layers": 2}, 9)
     assert second.extra == {"balance": [1.0, float("inf")]}
 
@@ -39,8 +48,8 @@ def test_half_a_model_is_made_again(tmp_path):
 
     made = []
     with pytest.raises(KeyboardInterrupt):
-        Kept(tmp_path / "fold", killed)()
-    folder, _ = Kept(tmp_path / "fold", maker(made))()
+        Shared(tmp_path).model("fold", killed)
+    folder, _ = Shared(tmp_path).model("fold", maker(made))
     assert made == ["whole"]
     assert (folder / "model").read_text() == "whole"
 
@@ -60,3 +69,9 @@ def test_a_run_that_is_stopped_goes_on_with_its_fold_and_leaves_nothing(tiny, mo
     assert healed.seconds > fold.seconds > 0
     assert healed.flops > fold.flops
     assert not list(tiny.glob(".work/*/*"))
+
+
+def test_only_the_methods_that_are_the_fold_are_charged_with_it(tiny):  # noqa: F811
+    [made_it] = bench.run("modular", "quick", tiny, ["shrink"], device="cpu")
+    fold, found_it = bench.run("modular", "quick", tiny.with_name("other"), ["fold", "shrink"], device="cpu")
+    assert made_it.cpu_seconds < found_it.cpu_seconds + 0.5 * fold.cpu_seconds

@@ -50,7 +50,7 @@ LACKING = {
 class Outcome:
     """What one method gave: test scores by skill, and what it took beside the time that the runner measures.
 
-    `reused`: (wall, CPU) seconds of work that an earlier method of the same bed did and that counts here as well.
+    `reused`: (wall, CPU) seconds of shared work that counts here as well.
     """
 
     scores: dict[str, float]
@@ -74,6 +74,8 @@ class Bed(Protocol):
     expert_parameters: dict[str, int]
     budget: str
     setting: dict[str, Any]
+    shared: Any
+    """`shared.Shared`: models that several methods use."""
 
     def rival(self, method: Any) -> Outcome:
         """Run a rival in the fold's shape."""

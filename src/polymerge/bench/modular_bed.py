@@ -18,7 +18,7 @@ from polymerge.bench.flops import Products
 from polymerge.bench.fuse import fused
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
-from polymerge.bench.shared import Kept, folded
+from polymerge.bench.shared import Shared, folded
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
 from polymerge.methods._pad import pad
@@ -74,7 +74,7 @@ class ModularBed:
             "expert_scores": self.table, "anchor": plans[0].name,
         }  # fmt: skip
         self.family = families.get(FAMILY)
-        self._folded = Kept((shared or scratch) / "fold", self._fold)
+        self.shared = Shared(shared or scratch)
         self._scratch = scratch
 
     # ------------------------------------------------------------------ data
@@ -214,6 +214,9 @@ class ModularBed:
         return Outcome(self._measured(made), made.parameters, table.size_of(made.spec))
 
     # ------------------------------------------------------------------ parts
+
+    def _folded(self) -> tuple[Path, Outcome]:
+        return self.shared.model("fold", self._fold)
 
     def _fold(self, folder: Path) -> Outcome:
         self.progress("fold")

@@ -312,6 +312,7 @@ class Cells:
         self.progress.advance(f"{case.name} {method}", 0)
         clock = Clock()
         reset_peak(self.device)
+        bed.shared.begin()
         try:
             with clock("run"):
                 outcome = table.run(bed, method)
@@ -330,8 +331,8 @@ class Cells:
             **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "flops", "extra")},
             "notes": without_folders(outcome.notes),
             **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
-            "seconds": clock.seconds["run"] + outcome.reused[0],
-            "cpu_seconds": clock.cpu_seconds["run"] + outcome.reused[1],
+            "seconds": clock.seconds["run"] - bed.shared.spent[0] + outcome.reused[0],
+            "cpu_seconds": clock.cpu_seconds["run"] - bed.shared.spent[1] + outcome.reused[1],
             "peak_bytes": peak(self.device),
         }
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -19,32 +19,43 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Family, Spec
 
 
-class Kept:
-    """A model in a folder, and what its making gave and took, beside it.
+class Shared:
+    """Models in a folder, and beside each what its making gave and took. A run that was killed goes on with them.
 
-    `make`: writes the folder, returns the outcome. A run that was killed goes on with what was whole.
+    `spent`: the (wall, CPU) seconds since `begin` in which this process made them or waited for them. No method is
+    charged with these; those that a model belongs to add `Outcome.reused`, the seconds of its whole making.
     """
 
-    def __init__(self, folder: Path, make: Callable[[Path], Outcome]) -> None:
-        self.folder, self.make = folder, make
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.spent = folder, (0.0, 0.0)
 
-    def __call__(self) -> tuple[Path, Outcome]:
-        """The folder, and the outcome, whose `reused` is what others spent on it, in (wall, CPU) seconds."""
-        note, came = self.folder.with_suffix(".json"), time.perf_counter()
-        with held(self.folder.with_suffix(".lock")):
-            wall, cpu = time.perf_counter(), time.process_time()
-            if note.exists():
-                found = json.loads(note.read_text(encoding="utf-8"))
-                took, spent = found["reused"]
-                found["reused"] = (took - (wall - came), spent)  # waiting is on the caller's clock already
-                return self.folder, Outcome(**found)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            outcome = self.make(self.folder)
-            took, spent = time.perf_counter() - wall, time.process_time() - cpu
-            half = note.with_suffix(".part")
-            half.write_text(json.dumps(asdict(replace(outcome, reused=(took, spent)))), encoding="utf-8")
-            half.rename(note)
-            return self.folder, outcome
+    def begin(self) -> None:
+        """Count anew."""
+        self.spent = (0.0, 0.0)
+
+    def model(self, name: str, make: Callable[[Path], Outcome]) -> tuple[Path, Outcome]:
+        """The folder of a model and its outcome; `make` writes the folder, if nobody has. Not to be nested."""
+        folder = self.folder / name
+        note, wall, cpu = folder.with_suffix(".json"), time.perf_counter(), time.process_time()
+        with held(folder.with_suffix(".lock")):
+            if not note.exists():
+                _make(folder, make, note)
+            found = json.loads(note.read_text(encoding="utf-8"))
+        found["reused"] = tuple(found["reused"])
+        before = self.spent
+        self.spent = (before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu)
+        return folder, Outcome(**found)
+
+
+def _make(folder: Path, make: Callable[[Path], Outcome], note: Path) -> None:
+    """The folder, then the note, which says that it is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    outcome = make(folder)
+    outcome.reused = (time.perf_counter() - wall, time.process_time() - cpu)
+    half = note.with_suffix(".part")
+    half.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    half.rename(note)
 
 
 def folded(

@@ -16,7 +16,7 @@ from polymerge.bench.answers import Weights
 from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
-from polymerge.bench.shared import Kept, folded
+from polymerge.bench.shared import Shared, folded
 from polymerge.bench.text import Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
 from polymerge.calibrate.texts import read_skill
@@ -75,8 +75,7 @@ class TextBed:
             "heal": asdict(self.detail), "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
             "training": {name: one.record for name, one in found.items() if one.record},
         }  # fmt: skip
-        self.shared = shared or scratch
-        self._folded = Kept(self.shared / "fold", self._fold)
+        self.shared, self.family = Shared(shared or scratch), families.get(self.sources[self.detail.anchor].spec.family)
 
     def union(self) -> Outcome:
         """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
@@ -184,6 +183,9 @@ class TextBed:
 
     # ------------------------------------------------------------------ parts
 
+    def _folded(self) -> tuple[Path, Outcome]:
+        return self.shared.model("fold", self._fold)
+
     def _fold(self, folder: Path) -> Outcome:
         """The merge; of its operations those that only measure do not count."""
         self.progress("fold")
@@ -199,11 +201,6 @@ class TextBed:
         """The shape that the fold chose; the controls are given it for nothing."""
         return Source(self._folded()[0]).spec
 
-    @property
-    def family(self) -> Any:
-        """Of the result."""
-        return families.get(self._target().family)
-
     def _merged_by(self, method: Any, experts: Mapping[str, Source]) -> tuple[Spec, Weights, str]:
         """Shape, weights and note of a rival's merge."""
         rows = calibrate(self.recipe, experts, self.texts, self.tokenizer, judge=False)[0]
@@ -216,10 +213,11 @@ class TextBed:
         In the rivals' favour: none of them could merge it as it is. Also what to say of it, its operations and seconds.
         """
         experts, said, spent, wall, cpu = dict(self.sources), [], 0, 0.0, 0.0
+        target = self._target()
         for name, source in self.sources.items():
             if llama_like(source.spec):
                 continue
-            folder, outcome = Kept(self.shared / f"translated-{name}", partial(self._translate, name))()
+            folder, outcome = self.shared.model(f"translated-{name}", partial(self._translate, name, target))
             experts[name] = Source(folder, device=self.device)
             said.append(
                 f"{name} translated from {source.spec.family} by our fold alone first ({outcome.scores[name]:.4f})"
@@ -227,9 +225,9 @@ class TextBed:
             spent, wall, cpu = spent + (outcome.flops or 0), wall + outcome.reused[0], cpu + outcome.reused[1]
         return experts, ", ".join(said), spent, (wall, cpu)
 
-    def _translate(self, name: str, folder: Path) -> Outcome:
+    def _translate(self, name: str, target: Spec, folder: Path) -> Outcome:
         """One expert in the result's family."""
-        shape = table.own_size(self.sources[name].spec, self._target(), self.family)
+        shape = table.own_size(self.sources[name].spec, target, self.family)
         flops = self._plain({name: self.sources[name]}, {name: self.texts[name]}, shape, folder)[1]
         return Outcome({name: bits_per_byte(load_student(folder), self.test[name], device=self.device)}, flops=flops)
 
