@@ -268,6 +268,15 @@ def test_the_same_seed_gives_the_same_bytes(save_model, tmp_path):
             assert torch.equal(once[layer][role], again[layer][role])
 
 
+def test_three_experts_are_judged_by_more_rows_than_two(save_model, tmp_path):
+    settings = folding.Settings(refine=Refine(steps=0), trials=folding.Trials(4, 2, 4, 2, 0, 0, many=2.0))
+    experts = [expert(save_model, tmp_path / name) for name in "abc"]
+    for some in (experts[:2], experts):
+        data, (family, shapes) = texts(len(some), rows=12), shape(some, width=24, heads=3, mlp=24)
+        found = folding.choose(some, family, shapes, data, folding.bases_of(some, data, settings), settings)
+        assert found.trials[-1]["rows"] == len(some) * ((8 if len(some) > 2 else 4) + 2)
+
+
 def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
     asked = folding.Settings.of(recipe.Fold(ridge=1e-3, mute=0.2))
     settings = replace(asked, trials=folding.Trials(rows=4))

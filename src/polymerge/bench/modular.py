@@ -41,7 +41,7 @@ BY_HEART = 1000
 
 FOLD = folding.Settings(
     refine=Refine(steps=200, rows=512, lr=1e-3, head_steps=60),
-    trials=folding.Trials(rows=2048, held_out=512, refined_rows=2048, refined_held_out=512),
+    trials=folding.Trials(rows=2048, held_out=512, refined_rows=2048, refined_held_out=512, many=1.0),
     basis_rows=2048,
     batch=2048,
 )

@@ -56,7 +56,9 @@ DEALT = ("hosts", "even")
 class Trials:
     """Rows of each expert, fitted and held out, by which shapes and knobs are tried.
 
-    In closed form first, then as many refined ones as shapes gain, a block by `steps` at most.
+    In closed form first, then as many refined ones as shapes gain, a block by `steps` at most. More than two experts
+    need `many` times the rows there: else the one that lacks rows most speaks for all, and for shapes with little to
+    fit.
     """
 
     rows: int = 16
@@ -65,6 +67,11 @@ class Trials:
     refined_held_out: int = 32
     steps: int = 20
     head_steps: int = 20
+    many: float = 2.5
+
+    def refined(self, experts: int) -> int:
+        """Rows of each of so many experts that a refined trial fits."""
+        return round(self.refined_rows * (self.many if experts > 2 else 1))  # noqa: PLR2004
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def choose(
     few = texts.subset(plan.rows, plan.held_out)
     closed = replace(settings.refine, steps=0, head_steps=plan.head_steps)
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
-    more = texts.subset(plan.refined_rows, plan.refined_held_out)
+    more = texts.subset(plan.refined(len(experts)), plan.refined_held_out)
     refined = replace(closed, steps=min(plan.steps, settings.refine.steps))
     at, lag = walk(shapes, shapes.index(target), lambda spec: tried(spec, knobs, more, refined), BETTER)
     return Choice(shapes[at], knobs, balanced(lag, BALANCE_MOST), trials)

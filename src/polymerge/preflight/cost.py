@@ -93,7 +93,7 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
     refined = min(3, len(plan.shapes))  # the one that few rows chose, and a neighbour on each side
     rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
-    rows += refined * (tried.refined_rows + tried.refined_held_out)
+    rows += refined * (tried.refined(k) + tried.refined_held_out)
     trials = k * rows * recipe.fold.length if k > 1 else 0
     steps = recipe.fold.refine + (refined * min(tried.steps, recipe.fold.refine) if k > 1 else 0)
     refining = 8.0 * steps * settings.refine.rows * recipe.fold.length * size
