@@ -221,7 +221,7 @@ class Cells:
         self.missing = 0
         self.failures: dict[Key, Exception] = {}
         self.about: dict[str, Any] = {"device": describe(device), "commit": commit(), "versions": versions()}
-        self.code = code()
+        self.code = f"{code()}-{device}"
 
     def run(self, cases: Sequence[Case], suite: Suite) -> None:
         """Every cell without a row, case by case: experts are loaded and folded once. Then what others are still at."""
