@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -141,6 +144,28 @@ def test_stacks_hold_what_the_cache_lacks_and_nobody_trains(tmp_path, monkeypatc
     assert [order.record.is_file() for order in orders] == [False, True, True, True, True, True]
     modular.train_stacks(orders, device="cpu")
     assert stacks[3:] == [(PLUS.width, 1)]
+
+
+def test_processes_that_claim_at_once_do_not_tear_stacks_apart(tmp_path, monkeypatch):
+    settings = replace(TINY, training=replace(TINY.training, steps=10))
+    orders = [modular.Order(PLUS, settings, seed, tmp_path) for seed in range(4)]
+    begun, stacks = Barrier(2), []
+
+    @contextmanager
+    def slowly(path, *, wait=True):
+        with held(path, wait=wait) as mine:
+            time.sleep(0.02)
+            yield mine
+
+    def claim(_):
+        begun.wait()
+        modular.train_stacks(orders, device="cpu")
+
+    monkeypatch.setattr(modular, "held", slowly)
+    monkeypatch.setattr(modular, "_train", lambda orders, *_: (time.sleep(0.5), stacks.append(len(orders))))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(claim, range(2)))
+    assert stacks == [4]
 
 
 def test_step_val_acc_99_counts_updates_or_says_that_it_never_came():

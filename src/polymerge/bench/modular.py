@@ -225,7 +225,8 @@ def train_stacks(orders: Sequence[Order], *, device: str, progress: Callable[[st
         stacks.setdefault((spec_of(order.plan, order.settings.arithmetic), order.training), []).append(order)
     for stack in stacks.values():
         with ExitStack() as locks:
-            mine = [order for order in stack if locks.enter_context(held(order.lock, wait=False))]
+            with held(stack[0].cache / ".stacks.lock"):  # one process claims at a time, so that stacks stay whole
+                mine = [order for order in stack if locks.enter_context(held(order.lock, wait=False))]
             if lacking := [order for order in mine if not order.record.is_file()]:
                 title = f"{len(lacking)} experts as {lacking[0].plan.name}"
                 _train(lacking, device, lambda note, title=title: progress(f"{title}: {note}"))  # type: ignore[misc]
