@@ -184,6 +184,28 @@ def test_silence_after_the_last_mlp_has_a_weight_of_its_own(save_model, tmp_path
     }
 
 
+def test_the_last_layer_aims_at_nothing_where_nothing_is_scored(save_model, tmp_path, monkeypatch):
+    experts = [expert(save_model, tmp_path / str(k)) for k in range(2)]
+    data, plain = texts(2), LayerFold.goal
+    data, whole = replace(data, scored=torch.arange(24) >= 20), set()
+    family, (target,) = shape(experts, params="1.0x", width=32)
+
+    def goal(self, k, rows, **how):
+        goal, weight = plain(self, k, rows, **how)
+        if not self.heard.all():  # the last layer, once its queries, keys and values are solved
+            goal = goal.masked_fill(~data.scored[None, :, None], torch.nan)
+        whole.add(bool(self.heard.all()))
+        return goal, weight
+
+    clean = folded_logits(experts, family, target, data, Knobs(), Refine(steps=3, head_steps=3))[2]
+    monkeypatch.setattr(LayerFold, "goal", goal)
+    spoilt = folded_logits(experts, family, target, data, Knobs(), Refine(steps=3, head_steps=3))[2]
+    assert whole == {True, False}
+    for layer, roles in clean.items():
+        for role, weight in roles.items():
+            assert torch.equal(weight, spoilt[layer][role]), (layer, role)
+
+
 def test_a_larger_target_folds_better(save_model, tmp_path):
     pair = [
         expert(save_model, tmp_path / "a"),

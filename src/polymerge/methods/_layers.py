@@ -82,6 +82,7 @@ class LayerFold:
             bases, self.scales, self.balance, target.width, self.dtype, first=int(self.constant), even=knobs.even
         )
         self.mute = knobs.mute
+        self.heard = torch.ones_like(texts.scored, dtype=torch.bool)  # positions whose states anything still reads
         self.state = self.weight = torch.empty(0)
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
@@ -165,6 +166,8 @@ class LayerFold:
         weights = self._named(
             {role: torch.cat(p, dim=1) for role, p in zip("qkv", zip(*parts, strict=True), strict=True)}
         )
+        if layer == target.layers - 1:
+            self.heard = self.texts.scored.bool()
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
@@ -192,7 +195,7 @@ class LayerFold:
             k, seen = at[0], self.normalised(rows, time)
             gated = as_gated(self.experts.spec(k).activation, *units)
             gate, up = (self.experts.paired(k, rows, x, time) for x in gated)
-            weight, quiet = self.weight[k][rows, :time], self._off(k, rows)[:, :time]
+            weight, quiet = self.weight[k][rows, :time] * self.heard[:time], self._off(k, rows)[:, :time]
             share = self.texts.owned[k][rows, :time].to(up)[..., None]
             self._add(gates[at], seen, gate * share - knobs.off_gate * (1 - share), weight + quiet)
             self._add(ups[at], seen, up, weight)
@@ -241,6 +244,10 @@ class LayerFold:
         """The target's normed stream: what its readers and its head see."""
         return decoder.rms(self.state[rows, :time].to(self.device), self.target.eps)
 
+    def audible(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """Of (row, time, …), the positions that are still read: in the last layer only those that are scored."""
+        return states if bool(self.heard.all()) else tuple(x[:, self.heard] for x in states)
+
     def goal(self, k: int, rows: Tensor, *, fitted: bool = True) -> tuple[Tensor, Tensor]:
         """What expert k's slice should hold now (row, time, slice), and the weight of each position.
 
@@ -260,7 +267,7 @@ class LayerFold:
 
     def _off(self, k: int, rows: Tensor) -> Tensor:
         """Weight of a closed gate where expert k has no say (row, time)."""
-        return self.knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None]
+        return self.knobs.off_weight * (1 - self.texts.owned[k][rows]) * self.texts.fit[rows, None] * self.heard
 
     def _pass(self, before: Tensor, weights: dict[str, Tensor]) -> None:
         """The target's states after a layer that reads `before`."""

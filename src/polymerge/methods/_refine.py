@@ -45,13 +45,14 @@ class Refine:
 
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer refined towards the slices' goals; `before` (row, time, width) is the stream that it reads."""
-    power = [fold.goal(k, torch.arange(len(before)))[0].pow(2).mean() for k in range(len(fold.slices))]
+    every = torch.arange(len(before))
+    power = [fold.audible(*fold.goal(k, every))[0].pow(2).mean() for k in range(len(fold.slices))]
 
     def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:
-        out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out
+        (out,) = fold.audible(decoder.layer(fold.target, params, before[rows].to(fold.device)).out)
         total = out.new_zeros(())
         for k, part in enumerate(fold.slices):
-            goal, weight = fold.goal(k, rows, fitted=fitted)
+            goal, weight = fold.audible(*fold.goal(k, rows, fitted=fitted))
             error = ((out[..., part] - goal).pow(2).mean(-1) * weight).mean() / power[k].clamp_min(1e-12)
             total = total + fold.balance[k] * error
         return total

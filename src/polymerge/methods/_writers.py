@@ -26,13 +26,13 @@ def moments(fold: "LayerFold", features: Callable[[Tensor], Tensor], inputs: int
     out = [Moments.zeros(inputs, s.stop - s.start, fold.device) for s in fold.slices]
     shared = torch.zeros(len(fold.slices), inputs, inputs, dtype=torch.float64, device=fold.device)
     for rows in fold.batches():
-        x, state, owner = features(rows), fold.state[rows].to(fold.device), texts.owner[rows]
-        fit = texts.fit[rows]
+        x, state = fold.audible(features(rows), fold.state[rows].to(fold.device))
+        owner, fit = texts.owner[rows], texts.fit[rows]
         for j in owner[fit].unique().tolist():
             mine = x[fit & (owner == j)].flatten(0, 1)
             shared[j] += (mine.T @ mine).double()
         for k, part in enumerate(fold.slices):
-            goal, weight = fold.goal(k, rows)
+            goal, weight = fold.audible(*fold.goal(k, rows))
             out[k].add_cross(x.flatten(0, 1), (goal - state[..., part]).flatten(0, 1), weight.flatten())
             usual = torch.where(owner == k, 1.0, fold.mute).to(weight)[:, None] * fit[:, None].to(weight)
             out[k].add_gram(x.flatten(0, 1), (weight - usual).flatten())
