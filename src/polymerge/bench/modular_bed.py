@@ -99,11 +99,11 @@ class ModularBed:
         return found
 
     def shapes(self) -> tuple[Spec, ...]:
-        """The result's shape: the case's budget, at the width of the widest expert."""
+        """The case's budget; for two experts at the width of the wider, for more at any width: the fold tries."""
         sizes = {str(i): e.parameters for i, e in enumerate(self.experts)}
         limit = {"sum": sum(sizes.values()), "largest": max(sizes.values())}
-        width = max(e.spec.width for e in self.experts)
-        size = "union" if self.budget == "union" else {"params": limit[self.budget], "width": width}
+        wider = {"width": max(e.spec.width for e in self.experts)} if len(self.experts) == 2 else {}  # noqa: PLR2004
+        size = "union" if self.budget == "union" else {"params": limit[self.budget]} | wider
         asked = recipe.parse({
             "method": "fold", "anchor": "0", "family": FAMILY, "size": size,
             "experts": {str(i): {"model": str(e.path), "text": "-"} for i, e in enumerate(self.experts)},
