@@ -6,7 +6,8 @@ import pytest
 from test_bench import tiny  # noqa: F401  a fixture
 
 from polymerge import bench
-from polymerge.bench import modular_bed
+from polymerge.bench import modular_bed, runner
+from polymerge.bench.locks import held
 from polymerge.bench.methods import Outcome
 from polymerge.bench.modular_bed import ModularBed
 from polymerge.bench.shared import Shared
@@ -75,3 +76,13 @@ def test_only_the_methods_that_are_the_fold_are_charged_with_it(tiny):  # noqa: 
     [made_it] = bench.run("modular", "quick", tiny, ["shrink"], device="cpu")
     fold, found_it = bench.run("modular", "quick", tiny.with_name("other"), ["fold", "shrink"], device="cpu")
     assert made_it.cpu_seconds < found_it.cpu_seconds + 0.5 * fold.cpu_seconds
+
+
+def test_a_fold_that_another_process_still_works_on_is_left(tiny):  # noqa: F811
+    def run():
+        bench.run("modular", "quick", tiny, ["fold"], device="cpu")
+        return list(tiny.glob(".work/*/*"))
+
+    with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "shrink")):
+        assert run()
+    assert not run()

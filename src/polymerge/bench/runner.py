@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -262,8 +263,14 @@ class Cells:
                     if mine and method in self._left(case, seed):
                         bed = bed or self._bed(case, seed, make, Path(own), shared)
                         self._cell(case, seed, method, bed)
-        if not self._left(case, seed):
+        if shared.exists() and not self._left(case, seed) and self._deserted(case, seed):
             shutil.rmtree(shared, ignore_errors=True)
+
+    def _deserted(self, case: Case, seed: int) -> bool:
+        """Whether no process is at any method of a case, those that this run was not asked for included."""
+        with ExitStack() as locks:
+            claims = (self._claim(case, seed, method) for method in table.known())
+            return all(locks.enter_context(held(claim, wait=False)) for claim in claims)
 
     def _missing(self) -> int:
         """Cells without a row."""
