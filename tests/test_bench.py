@@ -509,3 +509,44 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert lines.startswith(kept[: kept.rindex(b"\n") + 1])
     found = [json.loads(line)["method"] for line in lines.splitlines()]
     assert sorted(found) == ["anchor", "best_expert", "ensemble", "union"]
+
+
+SHARED = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from polymerge.bench import modular, runner
+from polymerge.bench.modular_bed import ModularBed
+from polymerge.bench.methods import Case
+from test_bench import MINUS, PLUS, TINY
+modular.PROFILES["quick"] = TINY
+modular.cases = lambda profile: [Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS)))]
+def endless(bed):
+    Path(sys.argv[1] + f".at-{{os.getpid()}}").touch()
+    time.sleep(60)
+if len(sys.argv) > 2:
+    ModularBed.union = ModularBed.anchor = endless
+if __name__ == "__main__":
+    runner.run("modular", "quick", sys.argv[1], ["union", "anchor"], device="cpu", workers=2)
+"""
+
+
+def test_two_workers_share_a_case_and_an_interrupt_ends_both_quietly(tmp_path):
+    here, script, out = Path(__file__).parent, tmp_path / "run.py", tmp_path / "out"
+    script.write_text(SHARED.format(tests=str(here)))
+    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(out)]
+    run = subprocess.Popen(
+        [*command, "wait"], env=environment, cwd=here, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("out.at-*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    said = run.communicate(timeout=30)[1]
+    assert len(list(tmp_path.glob("out.at-*"))) == 2
+    assert said.count("KeyboardInterrupt\n") == 1, said
+    assert "SpawnProcess" not in said
+    subprocess.run(command, env=environment, cwd=here, check=True)
+    found = [json.loads(line)["method"] for line in Store(out).path.read_bytes().splitlines()]
+    assert sorted(found) == ["anchor", "union"]

@@ -7,6 +7,7 @@ report("out/bench")                       # LEADERBOARD.md and report.html, from
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def run(
     """
     from polymerge.merge import pick_device
 
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells every process; the parent ends its helpers
     if suite not in (*SUITES, "all") or profile not in PROFILES:
         raise PolymergeError(
             f"bench: no {suite}/{profile}; suites: {', '.join(SUITES)}, all; profiles: {', '.join(PROFILES)}"
