@@ -21,6 +21,7 @@ from polymerge.bench import answers, board, machine, methods, modular, runner, t
 from polymerge.bench.distil import Distil, Lesson, distil
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
+from polymerge.bench.modular_bed import ModularBed
 from polymerge.bench.rows import Row, Store, summarise
 from polymerge.bench.tasks import TASKS, Arithmetic
 from polymerge.errors import OutputError, PolymergeError, PreflightError
@@ -343,6 +344,20 @@ def test_every_listed_case_of_the_full_profile_is_there():
     assert sum(name.startswith("same/") for name in names) == 32
     assert sum(name.startswith("cross/") for name in names) == 6 * 4 * 3 + 3
     assert sum(name.startswith("baseline/") for name in names) == 20
+
+
+def test_only_the_four_tasks_leave_the_width_to_the_fold(tmp_path):
+    cases = [case for case in modular.cases("full") if case.protocol == "cross"]
+    assert all(case.detail.free == (len(case.detail.experts) > 2) for case in cases)
+    detail = modular.Detail((PLUS, MINUS))
+    widths = {
+        free: [s.width for s in ModularBed(
+            Case("cross", "cross", replace(detail, free=free)), 0, TINY, tmp_path, cache=tmp_path / "cache"
+        ).shapes()]
+        for free in (False, True)
+    }  # fmt: skip
+    assert widths[False] == [MINUS.width]
+    assert len(widths[True]) > 1
 
 
 # ---------------------------------------------------------------------- a whole run

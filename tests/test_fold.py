@@ -13,6 +13,7 @@ from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.methods import _refine
 from polymerge.methods import fold as folding
+from polymerge.methods._experts import Experts
 from polymerge.methods._layers import Knobs, LayerFold, as_gated
 from polymerge.methods._refine import Refine
 from polymerge.model import decoder
@@ -189,6 +190,12 @@ def test_the_last_layer_aims_at_nothing_where_nothing_is_scored(save_model, tmp_
     data, plain = texts(2), LayerFold.goal
     data, whole = replace(data, scored=torch.arange(24) >= 20), set()
     family, (target,) = shape(experts, params="1.0x", width=32)
+    units = Experts.feed_forward
+
+    def feed_forward(self, present):
+        for (k, layer), rows, time, values in units(self, present):
+            last, unread = layer == experts[k].spec.layers - 1, ~data.scored[None, :time, None]
+            yield (k, layer), rows, time, tuple(x.masked_fill(unread, torch.nan) if last else x for x in values)
 
     def goal(self, k, rows, **how):
         goal, weight = plain(self, k, rows, **how)
@@ -199,6 +206,7 @@ def test_the_last_layer_aims_at_nothing_where_nothing_is_scored(save_model, tmp_
 
     clean = folded_logits(experts, family, target, data, Knobs(), Refine(steps=3, head_steps=3))[2]
     monkeypatch.setattr(LayerFold, "goal", goal)
+    monkeypatch.setattr(Experts, "feed_forward", feed_forward)
     spoilt = folded_logits(experts, family, target, data, Knobs(), Refine(steps=3, head_steps=3))[2]
     assert whole == {True, False}
     for layer, roles in clean.items():

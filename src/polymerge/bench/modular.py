@@ -74,11 +74,15 @@ class ExpertPlan:
 
 @dataclass(frozen=True)
 class Detail:
-    """What a case merges. `budget`: "sum" or "largest" of the experts' parameters, or "union"."""
+    """What a case merges. `budget`: "sum" or "largest" of the experts' parameters, or "union".
+
+    `free`: any width that the fold finds best, else that of the widest expert.
+    """
 
     experts: tuple[ExpertPlan, ...]
     budget: str = "sum"
     run: int | None = None
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def cases(profile: str) -> list[Case]:
     ]
     if profile == "full":
         four = tuple(expert(task, shape) for task, shape in zip(TASKS, ("base", "layers", "heads", "all"), strict=True))
-        cross += [Case(f"cross/four/{budget}", "cross", Detail(four, budget)) for budget in budgets]
+        cross += [Case(f"cross/four/{budget}", "cross", Detail(four, budget, free=True)) for budget in budgets]
     plans = dict.fromkeys(plan for case in same + cross for plan in case.detail.experts if plan.updates is None)
     baseline = [Case(f"baseline/{plan.name}", "baseline", Detail((plan,)), ("expert",)) for plan in plans]
     return baseline + same + cross

@@ -99,11 +99,11 @@ class ModularBed:
         return found
 
     def shapes(self) -> tuple[Spec, ...]:
-        """The case's budget; for two experts at the width of the wider, for more at any width: the fold tries."""
+        """The result's shapes: the case's budget, at the width of the widest expert or at any that the fold may try."""
         sizes = {str(i): e.parameters for i, e in enumerate(self.experts)}
         limit = {"sum": sum(sizes.values()), "largest": max(sizes.values())}
-        wider = {"width": max(e.spec.width for e in self.experts)} if len(self.experts) == 2 else {}  # noqa: PLR2004
-        size = "union" if self.budget == "union" else {"params": limit[self.budget]} | wider
+        width = {} if self.detail.free else {"width": max(e.spec.width for e in self.experts)}
+        size = "union" if self.budget == "union" else {"params": limit[self.budget]} | width
         asked = recipe.parse({
             "method": "fold", "anchor": "0", "family": FAMILY, "size": size,
             "experts": {str(i): {"model": str(e.path), "text": "-"} for i, e in enumerate(self.experts)},

@@ -121,7 +121,7 @@ def run(
 
 
 def workers(device: str) -> int:
-    """How many processes suit a machine: they take about a gigabyte each, and one is enough for a GPU."""
+    """How many processes suit a machine: they take about a gigabyte each, and share a GPU well only under MPS."""
     from polymerge.merge import pick_device
 
     return min(MOST_WORKERS, os.cpu_count() or 1) if pick_device(device) == "cpu" else 1
