@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from polymerge import bench
-from polymerge.bench import answers, board, machine, methods, modular, runner, train
+from polymerge.bench import answers, board, cells, machine, methods, modular, train
 from polymerge.bench.distil import Distil, Lesson, distil
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
@@ -427,7 +427,7 @@ def test_a_lost_row_alone_is_run_again(tiny):
 
 
 def test_a_case_that_another_process_is_at_is_helped_with(tiny):
-    with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0)):
+    with held(cells.claim(tiny, "modular", "quick", "cross/plus+minus", 0)):
         rows = bench.run("modular", "quick", tiny, ["union", "anchor"], device="cpu")
     assert {r.method for r in rows} == {"union", "anchor"}
     written = [json.loads(line)["method"] for line in Store(tiny).path.read_text().splitlines()]
@@ -436,7 +436,7 @@ def test_a_case_that_another_process_is_at_is_helped_with(tiny):
 
 def test_a_method_that_another_process_is_at_is_waited_for(tiny):
     def other():
-        with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "anchor")):
+        with held(cells.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "anchor")):
             time.sleep(1)
             Store(tiny).append(row(case="cross/plus+minus", method="anchor", scores={"x_plus_y": 0.5}))
 
@@ -491,12 +491,12 @@ def test_unknown_names_are_refused_before_anything_runs(tiny):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-from polymerge.bench import modular, runner
+from polymerge.bench import modular, rows, runner
 from test_bench import MINUS, PLUS, TINY
 from polymerge.bench.methods import Case
 modular.PROFILES["quick"] = TINY
 modular.cases = lambda profile: [Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS)))]
-real, count = runner.Store.append, []
+real, count = rows.Store.append, []
 def append(store, row):
     count.append(row)
     if len(count) == 3:
@@ -505,7 +505,7 @@ def append(store, row):
         os.kill(os.getpid(), signal.SIGKILL)
     real(store, row)
 if len(sys.argv) > 2:
-    runner.Store.append = append
+    rows.Store.append = append
 runner.run("modular", "quick", sys.argv[1], ["union", "anchor", "best_expert", "ensemble"], device="cpu")
 """
 

@@ -6,7 +6,7 @@ import pytest
 from test_bench import tiny  # noqa: F401  a fixture
 
 from polymerge import bench
-from polymerge.bench import modular_bed, runner
+from polymerge.bench import cells, modular_bed
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Outcome
 from polymerge.bench.modular_bed import ModularBed
@@ -83,6 +83,6 @@ def test_a_fold_that_another_process_still_works_on_is_left(tiny):  # noqa: F811
         bench.run("modular", "quick", tiny, ["fold"], device="cpu")
         return list(tiny.glob(".work/*/*"))
 
-    with held(runner.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "shrink")):
+    with held(cells.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "shrink")):
         assert run()
     assert not run()

@@ -6,6 +6,7 @@ bench.report("out/bench")
 """
 
 from polymerge.bench.rows import Row, Store
-from polymerge.bench.runner import PROFILES, SUITES, left_out, report, run, workers
+from polymerge.bench.runner import report, run, workers
+from polymerge.bench.suites import PROFILES, SUITES, left_out
 
 __all__ = ["PROFILES", "SUITES", "Row", "Store", "left_out", "report", "run", "workers"]
