@@ -56,7 +56,9 @@ class Detail:
 
 
 MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
-QUICK: dict[str, Any] = {"heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60}}
+QUICK: dict[str, Any] = {
+    "heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60, "refine_lr": 2e-3},
+}  # fmt: skip
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 MORE = (
