@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_tiny_model
-from test_result_tokenizer import BOTH, CODE, MINE, PROSE, THEIRS, trained
+from test_result_tokenizer import BOTH, CODE, PROSE, trained, two_models
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -69,18 +69,7 @@ def check_writing(folder):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two tiny models with a tokenizer each, and their texts."""
-    folder = tmp_path_factory.mktemp("generation")
-    save_tiny_model(folder / "prose", vocab_size=len(MINE), num_hidden_layers=1, eos_token_id=0)
-    save_tiny_model(
-        folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, seed=1,
-        vocab_size=len(THEIRS), eos_token_id=0,
-    )  # fmt: skip
-    MINE.save_pretrained(folder / "prose")
-    THEIRS.save_pretrained(folder / "code")
-    for name, word in (("prose", "the other cat"), ("code", "    return self.f")):
-        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(600)))
-    return folder
+    return two_models(tmp_path_factory.mktemp("generation"))
 
 
 def merged(pair, asked):

@@ -139,9 +139,8 @@ def test_what_cannot_be_joined_is_refused_in_one_line(other, needle):
 # ------------------------------------------------------------------------------------------ merges
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("speech")
+def two_models(folder):
+    """Two tiny models, each with a tokenizer of its own, and their texts."""
     save_tiny_model(folder / "prose", vocab_size=len(MINE), num_hidden_layers=1, eos_token_id=0)
     save_tiny_model(
         folder / "code", "gpt_neox", hidden_size=24, num_attention_heads=2, num_hidden_layers=2, seed=1,
@@ -150,8 +149,13 @@ def folder(tmp_path_factory):
     MINE.save_pretrained(folder / "prose")
     THEIRS.save_pretrained(folder / "code")
     for name, word in (("prose", "the other cat"), ("code", "    return self.f")):
-        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(400)))
+        (folder / f"{name}.txt").write_text("".join(f"{word} {i * i}\n" for i in range(600)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return two_models(tmp_path_factory.mktemp("speech"))
 
 
 def recipe(folder, **changes):
