@@ -14,7 +14,7 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import axes, board
+from polymerge.bench import axes, board, overview
 from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
 from polymerge.errors import OutputError
@@ -132,14 +132,44 @@ def test_what_cannot_be_done_is_last_with_its_reason(shown):
     for table in re.findall(r"<table.*?</table>", shown):
         assert "zipit" not in table.split('<tbody class="last">')[0]
     last = re.findall(r'<tbody class="last">.*?</tbody>', shown)
-    assert len(last) == 2
-    assert all("cannot: width 3 &lt; 4 &amp; no room" in body for body in last)
+    glance, *cases = last
+    assert "0 of 4" in glance
+    assert len(cases) == 2
+    assert all("cannot: width 3 &lt; 4 &amp; no room" in body for body in cases)
 
 
 def test_where_ours_does_not_win_comes_first(shown):
     assert re.findall(r"<h2>(.*?)</h2>", shown)[0] == board.BEHIND
     assert "cross/a+b/all/sum: ot_fusion 0.9400 (ours 0.9200)" in shown
     assert board.BEHIND not in bench.page([r for r in made() if r.method != "ot_fusion"])
+
+
+def test_a_rival_is_compared_on_the_seeds_that_it_has():
+    rows = [r for r in made() if r.case.endswith("/sum")]
+    others = [r for r in rows if r.method not in ("ot_fusion", "fold_heal")]
+    rows = [*others, *(r for r in rows if r.method == "fold_heal" or (r.method == "ot_fusion" and r.seed == 0))]
+    assert board.behind(rows) == ["cross/a+b/all/sum: ot_fusion 0.9500 (ours 0.9300)"]
+    better = [replace(r, worst=0.96) if r.method == "fold_heal" and r.seed == 0 else r for r in rows]
+    assert board.behind(better) == []
+
+
+def test_at_a_glance_every_method_over_the_cells_that_all_groups_have():
+    rows = made()
+    [table] = overview.tables(rows)
+    assert table.title == "modular cross (full), 4 cells"
+    lines = {line[0]: line[2:] for line in (*table.lines, *table.cannot)}
+    # Scores less 0.02 (seed 1) and 0.1 (largest): the median of four is 0.06 under the first.
+    assert lines["fold + heal"] == ["4 of 4", "0", "0", "0.8700", "0.8100"]
+    assert lines["zipit"] == ["0 of 4", "4", "–", "–", "–"]
+    assert [line[0] for line in table.lines][:3] == ["union", "ot_fusion", "fold + heal"]
+    some = [r for r in rows if r.method != "ot_fusion" or r.seed == 0]
+    assert {l[0]: l[2] for l in overview.tables(some)[0].lines}["ot_fusion"] == "2 of 4"
+    alone = [r for r in rows if not (r.seed and r.method in ("ot_fusion", "zipit"))]  # no rival: no cell
+    assert "2 cells" in overview.tables(alone)[0].title
+    assert overview.tables([r for r in rows if r.method == "fold"]) == []
+    kept = [of_axis(a, m, 2 + x) for m in ("fold", "linear", "anchor") for a, x in (("seed", 0.04), ("width", 0.06))]
+    [table] = overview.tables([*kept, of_axis("all", "linear", 2.0)])
+    assert [line[2:] for line in table.lines] == [["2 of 2", "0", "1", "0.0500", "0.0600"]] * 3
 
 
 def test_every_cost_and_command_is_there(shown):

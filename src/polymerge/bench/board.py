@@ -55,7 +55,9 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     modular = [r for r in rows if r.suite == "modular"]
     same = [r for r in modular if r.setting.get("protocol") in ("baseline", "same")]
     cross = [r for r in modular if r.setting.get("protocol") == "cross"]
-    made = []
+    from polymerge.bench import overview  # it is made of this module's tables, as `axes` is
+
+    made = [Section("At a glance", GLANCE, overview.tables(rows))]
     if same:
         from polymerge.bench import seed_table
 
@@ -65,7 +67,7 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     if cross:
         made.append(Section("Modular arithmetic: several tasks in one model", CROSS, _per_case(cross)))
     if text := [r for r in rows if r.suite == "text"]:
-        from polymerge.bench import axes  # it is made of this module's tables
+        from polymerge.bench import axes
 
         made.append(Section("Text", TEXT, [*axes.tables(text), *_per_case(text)]))
     return [Section(s.title, s.about, [t for t in s.tables if t.lines or t.cannot]) for s in made]
@@ -82,6 +84,10 @@ MEDIUM = "The medium profile has full's text cases at one size, with less healin
 FAVOUR = (
     "Controls and rivals take the fold's shape. Where they cannot, they get the least shape that holds the experts,"
     " with more parameters if need be: in their favour, and said in their notes."
+)
+GLANCE = (
+    "Every method over the cells (case and seed) in which ours, controls and rivals all have rows, best median first."
+    " The union and the ensemble are several models at once."
 )
 SAME = (
     "Test accuracy, and updates until validation accuracy is over 0.99 (`step_val_acc_99`; 0: before any training)."
@@ -118,23 +124,29 @@ def preface(rows: Sequence[Row]) -> str:
 def behind(rows: Sequence[Row]) -> list[str]:
     """A line for each case in which another single model beats ours; it is said first."""
     lines = []
+    several = {"union", "ensemble"}
     for case, group in cases(rows):
-        scored = [(m, score) for m, some in by(group, "method") if (score := _average(map(judged, some))) is not None]
         up = 1 if group[0].metric == "accuracy" else -1
-        ours = [score for name, score in scored if name in ("fold", "fold_heal")]
-        if not ours:
-            continue
-        best = max(up * s for s in ours)
-        single = {"union", "ensemble"}  # several models, not one
-        ahead = [
-            (n, s)
-            for n, s in scored
-            if up * s > best + 1e-9 and n not in single and METHODS.get(n, ("rival",))[0] != "ours"
-        ]
-        said = ", ".join(f"{name_of(n)} {s:.4f}" for n, s in sorted(ahead, key=lambda item: -up * item[1]))
+        scored = {name: _by_seed(some) for name, some in by(group, "method")}
+        ours = [scored[name] for name in ("fold", "fold_heal") if scored.get(name)]
+        ahead = []
+        for name, found in scored.items():
+            if name in several or METHODS.get(name, ("rival",))[0] == "ours":
+                continue
+            # Seeds are no repetitions of each other's experts: both are judged by those that both have.
+            both = [(its, seeds) for its in ours if (seeds := its.keys() & found.keys())]
+            means = [[mean(up * some[s] for s in seeds) for some in (its, found)] for its, seeds in both]
+            if means and max(means)[1] > max(means)[0] + 1e-9:
+                ahead.append((max(means)[1], name, max(means)[0]))
+        said = [f"{name_of(n)} {up * s:.4f} (ours {up * o:.4f})" for s, n, o in sorted(ahead, key=lambda a: -a[0])]
         if said:
-            lines.append(f"{case}: {said} (ours {up * best:.4f})")
+            lines.append(f"{case}: {', '.join(said)}")
     return lines
+
+
+def _by_seed(rows: Sequence[Row]) -> dict[int, float]:
+    """What each seed's row is judged by, where it is known."""
+    return {r.seed: score for r in rows if (score := judged(r)) is not None}
 
 
 def _per_case(rows: Sequence[Row]) -> list[Table]:

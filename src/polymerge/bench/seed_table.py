@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from polymerge.bench import board
+from polymerge.bench.methods import known
 from polymerge.bench.modular import RUNS, SHAPES
 from polymerge.bench.rows import Row
 
@@ -42,10 +43,21 @@ def same(rows: Sequence[Row]) -> "board.Table":
             for method in ("fold", "fold_heal", "scratch_distill"):
                 some = [r for r in here if r.method == method]
                 line += [board.scores(some, task), _steps(some)]
-            lines.append(line)
+            lines.append([*line, _best_rival(here, task)])
     for method in ("fold", "fold_heal", "scratch_distill"):
         head += [f"{board.name_of(method)}: accuracy", f"{board.name_of(method)}: steps"]
-    return board.Table("", f"Profile: {rows[0].profile}.", head, lines)
+    return board.Table("", f"Profile: {rows[0].profile}.", [*head, "best rival: accuracy"], lines)
+
+
+def _best_rival(rows: Sequence[Row], task: str) -> str:
+    """The rival that is most accurate, with its name."""
+    groups = known()
+    found = [
+        (mean(scores), board.name_of(name))
+        for name, some in board.by(rows, "method")
+        if groups.get(name, ("rival",))[0] == "rival" and (scores := [r.scores[task] for r in some if task in r.scores])
+    ]
+    return "{:.4f} {}".format(*max(found)) if found else "–"
 
 
 def scratch(rows: Sequence[Row]) -> "board.Table":
