@@ -180,11 +180,13 @@ def test_three_trained_experts_merge_at_the_sum_of_their_sizes(texts, tmp_path, 
     names = ("shakespeare", "python/all", "gsm8k")
     detail = text.Detail(names, "shakespeare", "sum", "", 4096, (3e-4,), FEW.fold, 8)
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("three/sum", "text", detail)])
-    wanted = ["union", "fold", "fold_heal", "anchor_distill", "ensemble", "mergekit_slerp"]
+    wanted = ["union", "fold", "fold_heal", "anchor_distill", "ensemble", "mergekit_slerp", "linear"]
     rows = {r.method: r for r in bench.run("text", "full", tmp_path / "out", wanted, device="cpu", texts=texts)}
     fold = rows["fold"]
     assert set(fold.scores) == {"shakespeare", "python", "gsm8k"}
     assert 0.9 * sum(fold.expert_parameters.values()) < fold.parameters <= sum(fold.expert_parameters.values())
     assert rows["fold_heal"].status == rows["anchor_distill"].status == rows["union"].status == "ok"
     assert "two experts" in rows["mergekit_slerp"].reason
+    assert "python translated from gpt_neox" in rows["linear"].notes
+    assert "gsm8k translated from qwen2" in rows["linear"].notes  # its biases have no place in a llama
     assert fold.setting["training"]["gsm8k"]["tokens"] == SHORT.tokens

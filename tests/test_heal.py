@@ -391,8 +391,23 @@ def test_rate_rises_and_falls_to_nearly_nothing():
     rates = [settings.rate(step) for step in range(settings.steps)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert max(rates) == settings.lr
-    assert rates[-1] < 0.02 * settings.lr
+    assert max(rates) == settings.peak
+    assert rates[-1] < 0.02 * settings.peak
+
+
+def test_a_longer_run_takes_larger_steps():
+    peaks = [Heal(tokens=tokens).peak for tokens in (100_000, 400_000, 1_600_000, 10**8)]
+    assert peaks == pytest.approx([5e-4, 1e-3, 2e-3, 4e-3])
+    assert Heal(tokens=100_000, lr=0.1).peak == 0.1
+
+
+@pytest.mark.parametrize(("lost", "events"), [(0.09, 0), (0.11, 1)])
+def test_only_what_is_clearly_lost_is_taken_back(case, monkeypatch, lost, events):
+    student, teachers, rows, validation = case
+    measured = iter([1.0] * (2 * len(rows)) + [1.0 + lost] * 1000)  # the owners, the start, then what was lost
+    monkeypatch.setattr(heal_run, "bits_per_byte", lambda *_: next(measured))
+    result = heal(student, teachers, rows, validation, replace(FAST, tokens=6 * 96, evaluate_every=2))
+    assert [p.event for p in result.curve].count("back-off") == events
 
 
 def test_measuring_takes_a_small_share():

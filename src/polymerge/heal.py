@@ -36,7 +36,8 @@ class Heal:
 
     Attributes:
         tokens: read in training, over all skills; more than the text has means further passes over it.
-        lr: peak learning rate.
+        lr: peak learning rate; by default 1e-3 at 400 k tokens and as the root of their number, 4e-3 at most: the
+            first steps undo some of a good start, and the longer the run, the more of that is won back.
         warmup: share of the run in which it rises.
         batch_rows: rows a step; the further a skill is behind its owner, the larger its share.
         length: tokens a row.
@@ -51,7 +52,7 @@ class Heal:
     """
 
     tokens: int = 400_000
-    lr: float = 1e-3
+    lr: float | None = None
     warmup: float = 0.05
     batch_rows: int = 16
     length: int = 128
@@ -68,7 +69,7 @@ class Heal:
             ("batch_rows", self.batch_rows >= 1, "1 or more"),
             ("length", self.length > 1, "2 or more: one token to predict from, one to predict"),
             ("tokens", self.tokens >= step, f"at least one step of batch_rows x length = {step}"),
-            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "a positive number"),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("teacher", self.teacher in ("owner", "union"), "owner or union"),
             ("across", self.across in ("distribution", "likelihood"), "distribution or likelihood"),
@@ -83,6 +84,11 @@ class Heal:
     def steps(self) -> int:
         """Optimiser steps that the tokens are enough for."""
         return self.tokens // (self.batch_rows * self.length)
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate."""
+        return min(4e-3, 1e-3 * math.sqrt(self.tokens / 400_000)) if self.lr is None else self.lr
 
     def interval(self, validation_tokens: int) -> int:
         """Steps between measurements."""
@@ -103,8 +109,8 @@ class Heal:
         """Learning rate of a step (from 0)."""
         rising = round(self.warmup * self.steps)
         if step < rising:
-            return self.lr * (step + 1) / rising
-        return self.lr * (self.steps - step) / (self.steps - rising)
+            return self.peak * (step + 1) / rising
+        return self.peak * (self.steps - step) / (self.steps - rising)
 
 
 @dataclass(frozen=True)

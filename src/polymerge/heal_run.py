@@ -52,7 +52,7 @@ class Run:
         self.batches = learning.Batches(sizes, settings.batch_rows, torch.Generator().manual_seed(seed))
         self.parameters = dict(student.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            self.parameters.values(), lr=settings.peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.best = self._copy()
         self.drawn = self.batches.state()  # as of the last whole step: an interrupted one is drawn again
@@ -130,7 +130,7 @@ class Run:
             if better:
                 self.best = self._copy()
             # Noise and the first steps' disorder are no reason to go back.
-            self.bad = self.bad + 1 if worst > self._least() + max(0.02, 0.1 * abs(self._least())) else 0
+            self.bad = self.bad + 1 if worst > self._least() + max(0.1, 0.1 * abs(self._least())) else 0
             if self.bad == 2:  # noqa: PLR2004
                 self._back_off()
             self.curve.append(
@@ -159,7 +159,7 @@ class Run:
         self._restore()
         self.scale, self.bad, self.backoffs, self.event = self.scale / 2, 0, self.backoffs + 1, "back-off"
         if self.backoffs == _BACKOFFS:
-            rate = self.scale * self.settings.lr
+            rate = self.scale * self.settings.peak
             self.stopped = f"stopped at step {self.step}: it only got worse, down to a learning rate of {rate:.1e}"
 
     def _fault(self) -> None:

@@ -80,7 +80,7 @@ QUICK = (
     " folded with a quarter of the full profile's text and refinement and healed with an eighth of its tokens: a smoke"
     " test of the claims, no proof."
 )
-MEDIUM = "The medium profile has full's text cases at one size, with less healing: a quarter of the tokens, two rates."
+MEDIUM = "The medium profile has full's text cases at one size, with less healing: a quarter of the tokens."
 FAVOUR = (
     "Controls and rivals take the fold's shape. Where they cannot, they get the least shape that holds the experts,"
     " with more parameters if need be: in their favour, and said in their notes."

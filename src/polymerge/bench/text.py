@@ -55,7 +55,7 @@ class Detail:
         return {"params": parameters if self.budget == "sum" else self.budget}
 
 
-MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (1e-3, 4e-3)}
+MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (2.5e-4, 1e-3, 4e-3)}
 QUICK: dict[str, Any] = {
     "heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60, "refine_lr": 2e-3},
 }  # fmt: skip

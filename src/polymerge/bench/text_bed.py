@@ -26,7 +26,7 @@ from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal
 from polymerge.merge import merge
 from polymerge.methods import fold as folding
-from polymerge.methods._lift import llama_like
+from polymerge.methods._lift import alignable
 from polymerge.methods._pad import pad
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -152,13 +152,13 @@ class TextBed:
         return self._plain_fold(experts, self.texts)
 
     def rival(self, method: Any) -> Outcome:
-        """In the fold's shape, on the fold's rows; experts translated first where the method needs llama-like ones."""
+        """In the fold's shape, on the fold's rows; experts unlike it translated first where the method needs that."""
         note, reused, flops = "", (0.0, 0.0), 0
         with Products() as products:
             try:
                 target, weights, shape = self._merged_by(method, self.sources)
             except PreflightError:
-                if all(llama_like(s.spec) for s in self.sources.values()):
+                if all(alignable(s.spec, self._target()) for s in self.sources.values()):
                     raise
                 experts, note, flops, reused = self._translated()
                 before = products.flops
@@ -208,14 +208,14 @@ class TextBed:
         return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
 
     def _translated(self) -> tuple[dict[str, Source], str, int, tuple[float, float]]:
-        """The experts, each that is not llama-like folded alone into the result's family at its own size.
+        """The experts, each that has no counterpart in the result's family folded alone into it at its own size.
 
         In the rivals' favour: none of them could merge it as it is. Also what to say of it, its operations and seconds.
         """
         experts, said, spent, wall, cpu = dict(self.sources), [], 0, 0.0, 0.0
         target = self._target()
         for name, source in self.sources.items():
-            if llama_like(source.spec):
+            if alignable(source.spec, target):
                 continue
             folder, outcome = self.shared.model(f"translated-{name}", partial(self._translate, name, target))
             experts[name] = Source(folder, device=self.device)

@@ -18,7 +18,7 @@ from polymerge.align import depth
 from polymerge.align.transport import plan
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._pad import _check, _Padding
+from polymerge.methods._pad import _check, _Padding, unlike
 from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -29,6 +29,11 @@ READERS = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
 def llama_like(spec: Spec) -> bool:
     """RMSNorm, rotary positions, gated MLP after the attention: what methods that align weights one to one need."""
     return spec.norm == "rms" and spec.gated and not spec.parallel and bool(spec.frequencies)
+
+
+def alignable(spec: Spec, target: Spec) -> bool:
+    """Whether an expert's weights can stand beside the target's one to one: llama-like, and no feature apart."""
+    return llama_like(spec) and not unlike(spec, target)
 
 
 class Lifted:

@@ -80,9 +80,7 @@ def _check(spec: Spec, target: Spec, max_drift: float) -> None:
                 f"the target's {key} is {getattr(target, key)}, the anchor's {getattr(spec, key)};"
                 " choose a size that holds the anchor"
             )
-    lost = sorted(spec.features & {"qkv_bias", "o_bias", "mlp_bias"} - target.features)
-    if lost or ("qk_norm" in spec.features) != ("qk_norm" in target.features):
-        what = lost[0] if lost else "qk_norm"
+    if what := unlike(spec, target):
         raise PreflightError(f"{what}: the anchor ({spec.family}) and the target ({target.family}) differ in it")
     if target.tied and not spec.tied:
         raise PreflightError("the target ties its head to the embedding, the anchor does not; untie the target's")
@@ -98,6 +96,13 @@ def _check(spec: Spec, target: Spec, max_drift: float) -> None:
             f"a rotary pair of the anchor would be {drift:.3g} radians off after 64 tokens in heads of"
             f" {target.head_size}; choose the anchor's, {spec.head_size}, or a multiple with the same base"
         )
+
+
+def unlike(spec: Spec, target: Spec) -> str:
+    """A feature of an expert that the target has no place for, or norms of q and k that only one has; else empty."""
+    lost = sorted(spec.features & {"qkv_bias", "o_bias", "mlp_bias"} - target.features)
+    norms = ["qk_norm"] if ("qk_norm" in spec.features) != ("qk_norm" in target.features) else []
+    return next(iter(lost + norms), "")
 
 
 def _ratio(spec: Spec) -> int:
