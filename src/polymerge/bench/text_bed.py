@@ -1,7 +1,7 @@
 """The experts of one text case, and every method on them (see `text.py` for the suite)."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -114,11 +114,14 @@ class TextBed:
         return self._distilled_anchor()
 
     def anchor_distill_more(self) -> Outcome:
-        """The fold's operations spent on tokens."""
-        spent = self._folded()[1].flops or 0
-        budget = plan.parameters(self.family, self._target())
-        tokens = self.detail.heal_tokens
-        return self._distilled_anchor(tokens=tokens + round(tokens * spent / self._training(budget, tokens)))
+        """The fold's operations spent on tokens: short runs choose the rate, one long run reads all that is left."""
+        short, spent = self.anchor_distill(), self._folded()[1].flops or 0
+        size, tokens = plan.parameters(self.family, self._target()), self.detail.heal_tokens
+        longer = round(tokens * spent / self._training(size, tokens, runs=1))
+        outcome = self._distilled_anchor(tokens=max(tokens, longer), rates=(short.extra["lr"],))
+        outcome.flops = (outcome.flops or 0) + (short.flops or 0)
+        outcome.notes = f"rate by runs of {short.tokens:,} tokens, then one of {outcome.tokens:,}; {outcome.notes}"
+        return outcome
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
@@ -254,7 +257,9 @@ class TextBed:
         self._save(folder, target, weights)
         return asdict(done.choice.knobs), flops
 
-    def _distilled_anchor(self, guide: Any = None, tokens: int | None = None) -> Outcome:
+    def _distilled_anchor(
+        self, guide: Any = None, tokens: int | None = None, rates: Sequence[float] | None = None
+    ) -> Outcome:
         """The padded anchor, distilled."""
         anchor = self.sources[self.detail.anchor]
 
@@ -264,31 +269,36 @@ class TextBed:
         target, weights, note = fitting(padded, self._target(), [anchor.spec], self.family)
         folder = self._new("padded")
         self._save(folder, target, weights)
-        outcome = self._distilled(lambda: load_student(folder), target, guide, tokens)
+        outcome = self._distilled(lambda: load_student(folder), target, guide, tokens, rates)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
     def _distilled(
-        self, student: Callable[[], Any], target: Spec, guide: Any = None, tokens: int | None = None
+        self,
+        student: Callable[[], Any],
+        target: Spec,
+        guide: Any = None,
+        tokens: int | None = None,
+        rates: Sequence[float] | None = None,
     ) -> Outcome:
-        """Heal at each learning rate; measure the best by validation."""
-        settings = Heal(tokens=tokens or self.detail.heal_tokens)
+        """Heal at each learning rate (None: the case's); measure the best by validation."""
+        settings, rates = Heal(tokens=tokens or self.detail.heal_tokens), rates or self.detail.lrs
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
         held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
         teachers = {name: load_expert(s) for name, s in self.sources.items()}
         best = at_best_rate(
-            student, teachers, rows, held, settings, self.detail.lrs,
+            student, teachers, rows, held, settings, rates,
             guide=guide, seed=self.seed, device=self.device, progress=self.progress,
         )  # fmt: skip
         outcome = self._measured(best.model, target)
         outcome.tokens, outcome.steps = best.done.tokens, best.done.steps
-        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens)
+        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens, len(rates))
         outcome.notes, outcome.extra = best.note, best.extra
         return outcome
 
-    def _training(self, parameters: int, tokens: int) -> int:
-        """Operations of healing so many parameters at every learning rate."""
-        return operations(parameters, tokens, len(self.detail.lrs), list(self.expert_parameters.values()))
+    def _training(self, parameters: int, tokens: int, runs: int) -> int:
+        """Operations of so many healings of a model of so many parameters."""
+        return operations(parameters, tokens, runs, list(self.expert_parameters.values()))
 
     def _new(self, name: str) -> Path:
         """A folder that is not there yet."""

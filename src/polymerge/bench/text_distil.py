@@ -41,7 +41,7 @@ def at_best_rate(
         done = heal(model, teachers, rows, held_out, asked, guide=guide, seed=seed, device=device)
         runs.append((min(point.worst for point in done.curve), lr, model, done))
     _, lr, model, done = min(runs, key=lambda run: run[:2])
-    note = f"learning rate {lr:g} of {len(runs)} tried, best state at step {done.best_step}"
+    note = f"learning rate {lr:g}{f' of {len(runs)} tried' * (len(runs) > 1)}, best state at step {done.best_step}"
     extra = {
         "lr": lr, "lr_trials": {f"{rate:g}": worst for worst, rate, _, _ in runs},
         "best_step": done.best_step, "curve": [asdict(point) for point in done.curve],
