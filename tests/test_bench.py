@@ -558,7 +558,7 @@ def test_two_workers_share_a_case_and_an_interrupt_ends_both_quietly(tmp_path):
     while len(list(tmp_path.glob("out.at-*"))) < 2 and time.monotonic() < until:
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    said = run.communicate(timeout=30)[1]
+    said = run.communicate(timeout=120)[1]
     assert len(list(tmp_path.glob("out.at-*"))) == 2
     assert said.count("KeyboardInterrupt\n") == 1, said
     assert "SpawnProcess" not in said
