@@ -538,7 +538,7 @@ modular.PROFILES["quick"] = TINY
 modular.cases = lambda profile: [Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS)))]
 def endless(bed):
     Path(sys.argv[1] + f".at-{{os.getpid()}}").touch()
-    time.sleep(60)
+    time.sleep(600)
 if len(sys.argv) > 2:
     ModularBed.union = ModularBed.anchor = endless
 if __name__ == "__main__":
