@@ -527,13 +527,14 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 
 SHARED = """
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from polymerge.bench import modular, runner
 from polymerge.bench.modular_bed import ModularBed
 from polymerge.bench.methods import Case
 from test_bench import MINUS, PLUS, TINY
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
 modular.PROFILES["quick"] = TINY
 modular.cases = lambda profile: [Case("cross/plus+minus", "cross", modular.Detail((PLUS, MINUS)))]
 def endless(bed):

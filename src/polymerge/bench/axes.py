@@ -13,8 +13,6 @@ from polymerge.bench.text_experts import AXES
 
 OURS = ("union", "fold", "fold_heal")
 CONTROL = "anchor_distill"
-SEVERAL = ("union", "ensemble")
-"""Several models, not one."""
 ABOUT = (
     "Worst skill, bits per byte over its owner, of experts that differ in one thing (seed: same architecture; all:"
     " every axis at once). *Best rival* and *best other control* are single models; a dash: no row."
@@ -44,7 +42,7 @@ def _line(rows: Sequence[Row]) -> list[str]:
         if (some := [score for r in group if (score := judged(r)) is not None])
     }
     groups = {name: group for name, (group, _) in methods.known().items()}
-    others = {n: s for n, s in scores.items() if n not in (*OURS, *SEVERAL, CONTROL)}
+    others = {n: s for n, s in scores.items() if n not in (*OURS, *board.SEVERAL, CONTROL)}
     controls = {n: s for n, s in others.items() if groups.get(n) == "control"}
     rivals = {n: s for n, s in others.items() if groups.get(n) in ("rival", "peer")}
     ours = min((scores[n] for n in ("fold", "fold_heal") if n in scores), default=None)

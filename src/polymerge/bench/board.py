@@ -16,6 +16,10 @@ NAMES = {
 }  # fmt: skip
 
 
+SEVERAL = ("union", "ensemble")
+"""Several models, not one."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table with what is said above it. `cannot`: lines that stay last; `groups`: rows that have curves, by case."""
@@ -124,14 +128,13 @@ def preface(rows: Sequence[Row]) -> str:
 def behind(rows: Sequence[Row]) -> list[str]:
     """A line for each case in which another single model beats ours; it is said first."""
     lines = []
-    several = {"union", "ensemble"}
     for case, group in cases(rows):
         up = 1 if group[0].metric == "accuracy" else -1
         scored = {name: _by_seed(some) for name, some in by(group, "method")}
         ours = [scored[name] for name in ("fold", "fold_heal") if scored.get(name)]
         ahead = []
         for name, found in scored.items():
-            if name in several or METHODS.get(name, ("rival",))[0] == "ours":
+            if name in SEVERAL or METHODS.get(name, ("rival",))[0] == "ours":
                 continue
             # Seeds are no repetitions of each other's experts: both are judged by those that both have.
             both = [(its, seeds) for its in ours if (seeds := its.keys() & found.keys())]

@@ -29,9 +29,9 @@ def _table(suite: str, protocol: str, profile: str, rows: Sequence[Row]) -> "boa
     for row in rows:
         cells.setdefault((row.case, row.seed), []).append(row)
     full = [some for some in cells.values() if {groups.get(r.method, "rival") for r in some} >= GROUPS]
-    if len(full) < 2:  # noqa: PLR2004  one cell is its own table
+    metric = next((r.metric for cell in full for r in cell if r.status == "ok"), "")
+    if len(full) < 2 or not metric:  # noqa: PLR2004  one cell is its own table
         return None
-    metric = full[0][0].metric
     up = 1 if metric == "accuracy" else -1
     head = ["method", "group", "ran", "cannot", "kept", "median", "least good"]
     ranked, cannot = [], []
