@@ -152,7 +152,7 @@ def stop() -> None:
 def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("prose+code/1.5x", "text", FEW)])
     names = ["union", "fold", "fold_heal", "anchor", "best_expert", "ensemble", "anchor_distill", "scratch_distill"]
-    names += ["fuse_distill", "linear", "anchor_distill_more"]
+    names += ["fuse_distill", "linear", "anchor_distill_more", "fold_heal_more"]
     more = ["shrink", "placebo", "mergekit_ties"]
     rows = {r.method: r for r in bench.run("text", "quick", tmp_path, [*names, *more], device="cpu")}
     assert set(rows) == {*names, *more}
@@ -168,6 +168,9 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
     spent = rows["fold"].flops + rows["anchor_distill"].flops
     assert rows["anchor_distill_more"].flops == pytest.approx(spent, rel=0.2)  # whole steps, another shape
     assert rows["anchor_distill_more"].tokens > rows["anchor_distill"].tokens
+    lean = rows["fold_heal_more"]
+    assert lean.flops == pytest.approx(rows["fold_heal"].flops, rel=0.2)
+    assert lean.tokens > rows["fold_heal"].tokens
     assert rows["fold_heal"].flops > rows["fold"].flops > rows["shrink"].flops > 0
     assert "code translated from gpt_neox" in rows["linear"].notes
     assert "common base model" in rows["mergekit_ties"].reason

@@ -324,6 +324,16 @@ def test_knobs_given_are_kept_and_the_others_are_tried(save_model, tmp_path):
     assert trials[-1]["rows"] > trials[-2]["rows"]
 
 
+def test_without_trials_the_middle_shape_and_the_knobs_starts_are_taken(save_model, tmp_path):
+    settings = folding.Settings.of(recipe.Fold(trials=False, mute=0.2))
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
+    family, (one,) = shape(pair, width=24, heads=3, mlp=24)
+    shapes = [replace(one, width=width) for width in (16, 24, 32)]
+    data = texts(2, rows=12)
+    choice = folding.choose(pair, family, shapes, data, folding.bases_of(pair, data, settings), settings)
+    assert choice == folding.Choice(shapes[1], Knobs(mute=0.2), (1.0, 1.0), [])
+
+
 def test_both_depth_maps_are_tried_where_an_expert_is_shallower(save_model, tmp_path):
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", num_hidden_layers=5)]
     data = texts(2, rows=12)

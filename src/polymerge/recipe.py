@@ -126,13 +126,14 @@ class Union(_Strict):
 
 
 class Fold(_Strict):
-    """Calibration and solver of the fold; the seven knobs are chosen on held-out text unless given."""
+    """Calibration and solver of the fold; `trials` on held-out text choose the seven knobs, unless given."""
 
     tokens: Count = 128_000
     length: int = Field(128, ge=8)
     ownership: Literal["label", "gate"] = "label"
     refine: int = Field(240, ge=0)
     refine_lr: float = Field(4e-3, gt=0)
+    trials: bool = True
     ridge: float | None = Field(None, gt=0)
     mute: float | None = Field(None, ge=0)
     mute_last: float | None = Field(None, ge=0)

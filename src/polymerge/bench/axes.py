@@ -11,7 +11,7 @@ from polymerge.bench import board, methods
 from polymerge.bench.rows import Row, judged
 from polymerge.bench.text_experts import AXES
 
-OURS = ("union", "fold", "fold_heal")
+OURS = ("union", *board.FOLDS)
 CONTROL = "anchor_distill"
 ABOUT = (
     "Worst skill, bits per byte over its owner, of experts that differ in one thing (seed: same architecture; all:"
@@ -42,10 +42,10 @@ def _line(rows: Sequence[Row]) -> list[str]:
         if (some := [score for r in group if (score := judged(r)) is not None])
     }
     groups = {name: group for name, (group, _) in methods.known().items()}
-    others = {n: s for n, s in scores.items() if n not in (*OURS, *board.SEVERAL, CONTROL)}
+    others = {n: s for n, s in scores.items() if n not in (*board.SEVERAL, CONTROL)}
     controls = {n: s for n, s in others.items() if groups.get(n) == "control"}
     rivals = {n: s for n, s in others.items() if groups.get(n) in ("rival", "peer")}
-    ours = min((scores[n] for n in ("fold", "fold_heal") if n in scores), default=None)
+    ours = min((scores[n] for n in board.FOLDS if n in scores), default=None)
     cells = [f"{scores[n]:.4f}" if n in scores else "–" for n in (*OURS, CONTROL)]
     return [_axis(rows), rows[0].budget, *cells, _best(controls, ours), _best(rivals, ours)]
 

@@ -8,7 +8,8 @@ from polymerge.bench.methods import METHODS, known
 from polymerge.bench.rows import Row, excess, judged
 
 NAMES = {
-    "expert": "expert, from scratch", "fold_heal": "fold + heal", "best_expert": "best single expert",
+    "expert": "expert, from scratch", "fold_heal": "fold + heal",
+    "fold_heal_more": "lean fold + long heal, as many FLOPs", "best_expert": "best single expert",
     "ensemble": "probability ensemble", "anchor": "anchor alone", "anchor_distill": "anchor padded + distilled",
     "anchor_distill_more": "anchor padded + distilled, as many FLOPs",
     "scratch_distill": "same size from scratch, distilled", "shrink": "shrink-only (anchor folded)",
@@ -16,6 +17,8 @@ NAMES = {
 }  # fmt: skip
 
 
+FOLDS = ("fold", "fold_heal", "fold_heal_more")
+"""Ours that are one model."""
 SEVERAL = ("union", "ensemble")
 """Several models, not one."""
 
@@ -131,7 +134,7 @@ def behind(rows: Sequence[Row]) -> list[str]:
     for case, group in cases(rows):
         up = 1 if group[0].metric == "accuracy" else -1
         scored = {name: _by_seed(some) for name, some in by(group, "method")}
-        ours = [scored[name] for name in ("fold", "fold_heal") if scored.get(name)]
+        ours = [scored[name] for name in FOLDS if scored.get(name)]
         ahead = []
         for name, found in scored.items():
             if name in SEVERAL or METHODS.get(name, ("rival",))[0] == "ours":

@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "union": ("ours", "all experts whole, mixed by the Bayesian gate"),
     "fold": ("ours", "closed form into one model, nothing trained end to end"),
     "fold_heal": ("ours", "the fold, then a short distillation from the owners"),
+    "fold_heal_more": ("ours", "a lean fold, then a long distillation: as many FLOPs as fold and healing together"),
     "anchor": ("control", "the anchor alone"),
     "best_expert": ("control", "the single expert whose worst skill is best"),
     "ensemble": ("control", "mean of the experts' probabilities"),

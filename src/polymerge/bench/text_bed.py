@@ -17,7 +17,7 @@ from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
-from polymerge.bench.text import Detail, even_mixture, given
+from polymerge.bench.text import LEAN, Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
 from polymerge.calibrate.texts import read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
@@ -92,6 +92,23 @@ class TextBed:
         outcome.reused, outcome.flops = fold.reused, (outcome.flops or 0) + (fold.flops or 0)
         return outcome
 
+    def fold_heal_more(self) -> Outcome:
+        """A lean fold, and healing for all the operations that are left of what fold and healing took together."""
+        fold, detail = self.recipe.fold, self.detail
+        lean = fold.model_copy(update=LEAN | {"tokens": min(fold.tokens, LEAN["tokens"])})
+        folder = self._new("lean")
+        made = self._fold(folder, self.recipe.model_copy(update={"fold": lean}))
+        healing = self._training(plan.parameters(self.family, self._target()), detail.heal_tokens, len(detail.lrs))
+        left = (self._folded()[1].flops or 0) + healing - (made.flops or 0)
+        target = Source(folder).spec
+        tokens = self._tokens(target, left)
+        rate = Heal(tokens=tokens).peak
+        outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(rate,))
+        outcome.flops = (outcome.flops or 0) + (made.flops or 0)
+        outcome.notes = f"fold of {lean.tokens:,} tokens each in closed form, without trials; {outcome.notes}"
+        outcome.extra["fold"] = made.scores
+        return outcome
+
     # ------------------------------------------------------------------ controls
 
     def anchor(self) -> Outcome:
@@ -115,10 +132,9 @@ class TextBed:
 
     def anchor_distill_more(self) -> Outcome:
         """The fold's operations spent on tokens: short runs choose the rate, one long run reads all that is left."""
-        short, spent = self.anchor_distill(), self._folded()[1].flops or 0
-        size, tokens = plan.parameters(self.family, self._target()), self.detail.heal_tokens
-        longer = round(tokens * spent / self._training(size, tokens, runs=1))
-        outcome = self._distilled_anchor(tokens=max(tokens, longer), rates=(short.extra["lr"],))
+        short = self.anchor_distill()
+        longer = self._tokens(self._target(), self._folded()[1].flops or 0)
+        outcome = self._distilled_anchor(tokens=longer, rates=(short.extra["lr"],))
         outcome.flops = (outcome.flops or 0) + (short.flops or 0)
         outcome.notes = f"rate by runs of {short.tokens:,} tokens, then one of {outcome.tokens:,}; {outcome.notes}"
         return outcome
@@ -189,12 +205,12 @@ class TextBed:
     def _folded(self) -> tuple[Path, Outcome]:
         return self.shared.model("fold", self._fold)
 
-    def _fold(self, folder: Path) -> Outcome:
-        """The merge; of its operations those that only measure do not count."""
+    def _fold(self, folder: Path, asked: recipe.Recipe | None = None) -> Outcome:
+        """The merge (None: the case's); of its operations those that only measure do not count."""
         self.progress("fold")
         with Products() as products:
             listener = Until("test", products)
-            result = merge(self.recipe, folder, device=self.device, progress=listener)
+            result = merge(asked or self.recipe, folder, device=self.device, progress=listener)
         extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
         scores = {skill: row["fold"] for skill, row in result.skills.items()}
         flops = (listener.flops or products.flops) - self.measuring
@@ -299,6 +315,11 @@ class TextBed:
     def _training(self, parameters: int, tokens: int, runs: int) -> int:
         """Operations of so many healings of a model of so many parameters."""
         return operations(parameters, tokens, runs, list(self.expert_parameters.values()))
+
+    def _tokens(self, target: Spec, operations: int) -> int:
+        """Tokens of one healing that takes so many operations; at least the case's."""
+        least, size = self.detail.heal_tokens, plan.parameters(self.family, target)
+        return max(least, round(least * operations / self._training(size, least, runs=1)))
 
     def _new(self, name: str) -> Path:
         """A folder that is not there yet."""

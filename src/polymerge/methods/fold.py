@@ -76,11 +76,14 @@ class Trials:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a fold is solved: knobs that are `given`, the others are chosen; `batch` rows on the device at once."""
+    """How a fold is solved: knobs that are `given`, the others are chosen; `batch` rows on the device at once.
+
+    `trials` None: nothing is tried, the middle one of the candidate shapes and the knobs' starts are taken.
+    """
 
     given: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refine: Refine = field(default_factory=Refine)
-    trials: Trials = field(default_factory=Trials)
+    trials: Trials | None = field(default_factory=Trials)
     basis_rows: int = 64
     batch: int = 32
 
@@ -88,7 +91,8 @@ class Settings:
     def of(cls, asked: Fold) -> "Settings":
         """What a recipe asks for."""
         given = {name: getattr(asked, name) for name in GRIDS if getattr(asked, name) is not None}
-        return cls(given, Refine(steps=asked.refine, lr=asked.refine_lr, head_steps=asked.refine))
+        refine = Refine(steps=asked.refine, lr=asked.refine_lr, head_steps=asked.refine)
+        return cls(given, refine, Trials() if asked.trials else None)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ def choose(
     free = {name: grid for name, grid in GRIDS.items() if name not in settings.given}
     if len(experts) == 1 or (len(shapes) == 1 and not free):
         return Choice(shapes[-1], knobs, even)
+    if plan is None:
+        return Choice(shapes[len(shapes) // 2], knobs, even)
 
     def dealt(spec: Spec, knobs: Knobs) -> tuple[list[int], list[tuple[int, ...]]]:
         shares = allot(bases, spec.width, even=knobs.even)
