@@ -14,7 +14,7 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import axes, board, overview
+from polymerge.bench import axes, board, overview, reach
 from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
 from polymerge.errors import OutputError
@@ -324,6 +324,17 @@ def test_the_axis_table_says_ours_best_rival_and_best_control():
     assert width["best other control"] == "2.0000 shrink-only (anchor folded)"
     assert "One axis of difference at a time (full)" in board.write(rows)
     assert axes.tables(made()) == []
+
+
+def test_how_long_the_control_takes_to_be_where_ours_is():
+    def curve(*worst: float) -> dict[str, object]:
+        return {"extra": {"curve": [{"tokens": 100 * i, "worst": w} for i, w in enumerate(worst)]}}
+
+    rows = [of_axis("", "fold_heal", 2.1, **curve(0.2, 0.3, 0.05)), of_axis("seed", "fold_heal", 2.1, **curve(0.1))]
+    rows.append(of_axis("", "anchor_distill_more", 2.2, **curve(0.9, 0.5, 0.25, 0.2, 0.1, 0.15)))
+    [table] = reach.tables(rows)
+    assert table.lines == [["a+b//sum", "0", "0.2000", "300", "0.0500", "200", "over 500", "0.1000", "500"]]
+    assert reach.TITLE in board.write(rows)
 
 
 def test_rows_of_several_files_and_folders_are_one_page(tmp_path):

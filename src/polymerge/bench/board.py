@@ -74,9 +74,9 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     if cross:
         made.append(Section("Modular arithmetic: several tasks in one model", CROSS, _per_case(cross)))
     if text := [r for r in rows if r.suite == "text"]:
-        from polymerge.bench import axes
+        from polymerge.bench import axes, reach
 
-        made.append(Section("Text", TEXT, [*axes.tables(text), *_per_case(text)]))
+        made.append(Section("Text", TEXT, [*reach.tables(text), *axes.tables(text), *_per_case(text)]))
     return [Section(s.title, s.about, [t for t in s.tables if t.lines or t.cannot]) for s in made]
 
 
