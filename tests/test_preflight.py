@@ -439,6 +439,13 @@ def test_cost_grows_with_what_is_asked(look, made):
     assert more.disk_bytes == small.disk_bytes
 
 
+def test_trials_cost_time_and_can_be_left_out(look, made, monkeypatch):
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: 1e9)
+    few = {"length": 32, "refine": 0, "tokens": "1k"}
+    tried, lean = (look(made("llama"), made("gpt2", "gpt2"), fold=few | {"trials": on}) for on in (True, False))
+    assert lean.seconds < tried.seconds
+
+
 ONCE = """
 import sys, torch
 from dataclasses import replace

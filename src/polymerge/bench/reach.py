@@ -29,17 +29,7 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
             for cell, curves in cells.items()
             if curves.keys() >= {"fold_heal", CONTROL}
         ]
-        head = [
-            "case",
-            "seed",
-            "fold",
-            "there after",
-            "healed",
-            "tokens",
-            "there after",
-            "control in the end",
-            "tokens",
-        ]
+        head = ["case", "seed", "fold", "there after", "healed", "tokens", "there after", "control", "tokens"]
         found.append(board.Table(f"{TITLE} ({profile})", ABOUT, head, lines))
     return found
 
