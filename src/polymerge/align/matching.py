@@ -63,10 +63,11 @@ def heads(similarity: Float[Tensor, "head other"], ratio: int, groups: int) -> l
     return [GroupPair(i, j, orders.get((i, j), plain)) for i, j in assign(widened(total, groups))]
 
 
-def clusters(similarity: Float[Tensor, "unit unit"], keep: int) -> list[list[int]]:
-    """Merge the most similar clusters until `keep` are left; a merged one counts as the mean of its members.
+def clusters(similarity: Float[Tensor, "unit unit"], keep: int, alpha: float = 1.0) -> list[list[int]]:
+    """Merge the most similar clusters until `keep` are left.
 
-    The similarity of two clusters is the mean over pairs of members (ZipIt's α = 1: repeated merges not damped).
+    A merged cluster is as similar to another as its less similar part, times `alpha` for each merge (the released code
+    of ZipIt; below 1 it damps repeated merges of one unit).
     """
     members = [[i] for i in range(len(similarity))]
     s = similarity.detach().double().cpu().clone()
@@ -77,8 +78,7 @@ def clusters(similarity: Float[Tensor, "unit unit"], keep: int) -> list[list[int
         i = int(torch.where(alive, best, -torch.inf).argmax())
         j = int(at[i])
         i, j = min(i, j), max(i, j)
-        a, b = len(members[i]), len(members[j])
-        row = (a * s[i] + b * s[j]) / (a + b)
+        row = alpha * torch.minimum(s[i], s[j])
         row[i] = -torch.inf
         s[i], s[:, i] = row, row
         s[j], s[:, j] = -torch.inf, -torch.inf

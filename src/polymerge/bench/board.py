@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from polymerge.bench.methods import METHODS, known
+from polymerge.bench.methods import METHODS, PUBLIC, known
 from polymerge.bench.rows import Row, excess, judged
 
 NAMES = {
@@ -122,7 +122,8 @@ def preface(rows: Sequence[Row]) -> str:
     lines = [f"- {key}: {', '.join(values)}" for key, values in seen.items() if values]
     versions = sorted({f"{k} {v}" for r in rows for k, v in r.versions.items()})
     parts = ["Made from the rows by `polymerge report`; edit nothing here."]
-    parts += [FAVOUR]
+    checked = "; ".join(f"{name_of(name)} ({code}: {what})" for name, (code, what) in sorted(PUBLIC.items()))
+    parts += [FAVOUR, f"Rivals checked beside public code (`tests/test_public_code.py`): {checked}."]
     parts += [QUICK] if any(r.profile == "quick" for r in rows) else []
     parts += [MEDIUM] if any(r.profile == "medium" for r in rows) else []
     return "\n\n".join([*parts, "\n".join([*lines, f"- versions: {', '.join(versions)}", f"- rows: {len(rows)}"])])

@@ -45,6 +45,20 @@ LACKING = {
     "task_vector_transport": "it needs the donor's base model, and these experts were trained from scratch",
 }
 """What no suite can run, and why."""
+PUBLIC = {
+    "fuse_distill": ("18907305772/FuseAI@7d9a307", "the gradient of its loss"),
+    "git_rebasin": ("samuela/git-re-basin@ef40098", "the permutations that weight matching finds"),
+    "zipit": ("gstoica27/ZipIt@1b6ca40", "which units are joined"),
+    "ot_fusion": ("graldij/transformer-fusion@204ae23", "the plans, and a map fused by them"),
+    "orthogonal": ("antoniohonsell/Generalized-LMC-for-Transformers@8c6f323", "the rotation, and which heads match"),
+    "regmean": ("nthehai01/RegMean-plusplus@8f4bf1f", "the regression of a map"),
+    "fs_merge": ("idankinderman/fs_merge@53a74b4", "how learned maps are folded into a weight"),
+    "transport_and_merge": (
+        "chenhangcuisg-code/Cross-Architecture-Merging-for-Large-Language-Models@6a822ef",
+        "the whole merge, its plans not sparsified",
+    ),
+}  # fmt: skip
+"""Public code that a rival was run beside, and what gave the same numbers (`tests/test_public_code.py`)."""
 
 
 @dataclass
@@ -132,11 +146,13 @@ def run(bed: Bed, name: str) -> Outcome:
         if work is None:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
-        return outcome
-    if name not in peer.METHODS:
-        return tuned(bed, rivals()[name])
-    outcome = bed.peer(name)
-    outcome.notes = "; ".join(filter(None, (peer.SETTINGS[name], outcome.notes)))
+    elif name in peer.METHODS:
+        outcome = bed.peer(name)
+        outcome.notes = "; ".join(filter(None, (peer.SETTINGS[name], outcome.notes)))
+    else:
+        outcome = tuned(bed, rivals()[name])
+    if name in PUBLIC:
+        outcome.notes = "; ".join(filter(None, (outcome.notes, "checked beside {}: {}".format(*PUBLIC[name]))))
     return outcome
 
 

@@ -3,8 +3,8 @@
     x' = M x,  x = [x_1; …; x_K];   M averages the members of each cluster, U gives every member its cluster's value
     W' = M_out diag(W_1, …, W_K) U_in
 
-"ZipIt! Merging Models from Different Tasks without Training" (Stoica et al., ICLR 2024), its greedy matching with
-α = 1 and no within-model budget. One clustering for the residual stream (correlations averaged over block
+"ZipIt! Merging Models from Different Tasks without Training" (Stoica et al., ICLR 2024), its greedy matching without
+a within-model budget (the paper's β = 1). One clustering for the residual stream (correlations averaged over block
 boundaries), one per layer for neurons and one for KV groups, whose query heads are put in the order of the cluster's
 first member. Logits are averaged. A target as wide as all experts together holds them side by side, unmerged. Layers
 are spread evenly; where an expert has none it is the identity, which the average of the streams already says.
@@ -14,6 +14,7 @@ Merges duplicates in any order; does not see signs or rotations. Shares are the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ from polymerge.model.spec import Spec
 
 @dataclass(frozen=True)
 class Method:
-    """ZipIt on stream, neurons and heads. `rows` of text for the correlations."""
+    """ZipIt on stream, neurons and heads. `alpha` damps repeated merges of one unit; `rows` of text."""
 
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"alpha": 0.3})
+
+    alpha: float = 1.0
     rows: int = 256
 
     def merge(
@@ -40,12 +44,12 @@ class Method:
         """Emit the target's weights. Raises PreflightError for an expert that is not llama-like."""
         del anchor, seed
         lifted = lift(experts, target)
-        alignment = zipped(lifted, target, rows_of_all(texts, self.rows))
+        alignment = zipped(lifted, target, rows_of_all(texts, self.rows), self.alpha)
         emit_average(lifted, alignment, [1 / len(experts)] * len(experts), target, emit, add=True)
 
 
 @torch.no_grad()
-def zipped(lifted: Sequence[Lifted], target: Spec, tokens: Tensor) -> Alignment:
+def zipped(lifted: Sequence[Lifted], target: Spec, tokens: Tensor, alpha: float) -> Alignment:
     """Streams and maps of all experts; both carry the shares of the clusters."""
     walk, device = Walk(lifted, tokens), lifted[0].source.device
     width = sum(e.spec.width for e in lifted)
@@ -62,8 +66,8 @@ def zipped(lifted: Sequence[Lifted], target: Spec, tokens: Tensor) -> Alignment:
                 hidden.add(h, h)
                 mixed.add(m, m)
         boundaries.append(_boundary(walk, width))
-        layers.append(_layer([(k, lifted[k]) for k in present], hidden, mixed, target) if present else {})
-    return Alignment(_streams(lifted, torch.stack(boundaries).mean(0), target), layers)
+        layers.append(_layer([(k, lifted[k]) for k in present], hidden, mixed, target, alpha) if present else {})
+    return Alignment(_streams(lifted, torch.stack(boundaries).mean(0), target, alpha), layers)
 
 
 def _boundary(walk: Walk, width: int) -> Tensor:
@@ -74,8 +78,8 @@ def _boundary(walk: Walk, width: int) -> Tensor:
     return states.matrix()
 
 
-def _streams(lifted: Sequence[Lifted], correlation: Tensor, target: Spec) -> list[Stream]:
-    groups = clusters(correlation, target.width)
+def _streams(lifted: Sequence[Lifted], correlation: Tensor, target: Spec, alpha: float) -> list[Stream]:
+    groups = clusters(correlation, target.width, alpha)
     # Unused dimensions lower the root mean square that the norm divides by.
     scale = (target.width / len(groups)) ** 0.5
     mean, member = _cluster_maps(groups, len(correlation), target.width)
@@ -97,17 +101,17 @@ def _cluster_maps(groups: Sequence[Sequence[int]], units: int, targets: int) -> 
 
 
 def _layer(
-    present: Sequence[tuple[int, Lifted]], hidden: Correlation, mixed: Correlation, target: Spec
+    present: Sequence[tuple[int, Lifted]], hidden: Correlation, mixed: Correlation, target: Spec, alpha: float
 ) -> dict[int, LayerMaps]:
     """Maps of the experts that have this layer."""
-    mean, member = _cluster_maps(clusters(hidden.matrix(), target.mlp), len(hidden.cross), target.mlp)
+    mean, member = _cluster_maps(clusters(hidden.matrix(), target.mlp, alpha), len(hidden.cross), target.mlp)
     parts = [e.spec.mlp for _, e in present]
     neurons = zip(mean.split(parts), member.split(parts), strict=True)
-    heads = _heads([e for _, e in present], mixed.matrix(), target)
+    heads = _heads([e for _, e in present], mixed.matrix(), target, alpha)
     return {k: LayerMaps(**h, gate=m, up=m, down=u) for (k, _), h, (m, u) in zip(present, heads, neurons, strict=True)}
 
 
-def _heads(experts: Sequence[Lifted], correlation: Tensor, target: Spec) -> list[dict[str, Tensor]]:
+def _heads(experts: Sequence[Lifted], correlation: Tensor, target: Spec, alpha: float) -> list[dict[str, Tensor]]:
     """Maps of q, k, v, o by expert, from correlations between all head outputs."""
     size, ratio = target.head_size, target.heads // target.kv_heads
     heads = len(correlation) // size
@@ -124,7 +128,7 @@ def _heads(experts: Sequence[Lifted], correlation: Tensor, target: Spec) -> list
     )
     first = [sum(e.groups for e in experts[:n]) for n in range(len(experts) + 1)]
     out = []
-    found = clusters((similarity + similarity.T) / 2, target.kv_heads)
+    found = clusters((similarity + similarity.T) / 2, target.kv_heads, alpha)
     for n, expert in enumerate(experts):
         pairs = [
             (GroupPair(i - first[n], j, tuple(orders[group[0], i])), len(group))
