@@ -83,6 +83,18 @@ def test_an_expert_is_trained_once_and_never_on_held_out_text(texts, tmp_path, m
     assert make().expert(PLANS["stories"]).folder == first.folder
 
 
+def test_a_tuned_expert_starts_from_its_base(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_experts, "TUNING", lm.Training(tokens=4 * 64, context=64, batch=4, lr=1e-9, checks=1))
+    workshop = Workshop(texts, 0, training=SHORT, cache=tmp_path / "cache")
+    plan = PLANS["python/tuned"]
+    base, tuned = workshop.expert(PLANS[plan.base]), workshop.expert(plan)
+    theirs, own = (Source(e.folder).layer(0)["q.weight"] for e in (base, tuned))
+    torch.testing.assert_close(own, theirs, atol=1e-6, rtol=0)
+    assert not torch.equal(own, theirs)
+    assert tuned.record["depends"]["plan"]["base"] == base.folder.name
+    assert "base" not in base.record["depends"]["plan"]
+
+
 def test_another_text_or_seed_is_another_expert(texts, tmp_path):
     def spoken(seed: int) -> Path:
         return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer()
@@ -113,13 +125,14 @@ def test_products_are_counted_forwards_and_backwards():
 def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     cases = text.cases("full")
     assert len({c.name for c in cases}) == len(cases)
-    assert [c.detail.axis for c in cases if c.detail.axis and c.detail.budget == "sum"] == list(text_experts.AXES)
+    axes = [c.detail.axis for c in cases if c.detail.axis and c.detail.budget == "sum"]
+    assert axes == [*text_experts.AXES, "bases"]
     assert {3, 4} <= {len(c.detail.experts) for c in cases}
     named = {name for case in cases for name in case.detail.experts}
-    assert named == set(PLANS)
+    assert named | {PLANS[n].base for n in named} - {""} == set(PLANS)
     assert len({PLANS[n].family for n in named}) == 6
     medium = {c.name: c.detail for c in text.cases("medium")}
-    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum"}
+    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
     assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
     [quick] = text.cases("quick")
     assert quick.detail.fold["tokens"] < Fold().tokens

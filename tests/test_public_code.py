@@ -22,7 +22,15 @@ from polymerge.align import matching, transport
 from polymerge.align.procrustes import orthogonal as procrustes
 from polymerge.bench.fuse import fused
 from polymerge.bench.methods import PUBLIC
-from polymerge.methods import fs_merge, git_rebasin, orthogonal, regmean, transport_and_merge, zipit
+from polymerge.methods import (
+    fs_merge,
+    git_rebasin,
+    orthogonal,
+    regmean,
+    task_vector_transport,
+    transport_and_merge,
+    zipit,
+)
 from polymerge.methods._lift import lift, rows_of_all
 from polymerge.model.source import Source
 from polymerge.teachers import kl
@@ -242,6 +250,19 @@ def test_fs_merge_folds_the_same_maps_into_a_weight():
         u = u + torch.cat([(i.a @ i.b).T for i in inner], dim=1)
         ours = sum(o(i(w).T).T for w, (o, i) in zip(weights, maps, strict=True))
         torch.testing.assert_close(ours, fold(torch.stack(weights), m, u))
+
+
+def test_a_task_vector_is_carried_over_alike():
+    file = "merge-and-rebase/src/merge_and_rebase/rebase/methods/theseus.py"
+    turn, carry = public(file, "_compute_procrustes_map_from_cov", "_transport_weight")
+    x, y = (drawn(200, 6), drawn(200, 5, seed=1)), (drawn(200, 9, seed=2), drawn(200, 8, seed=3))
+    change = drawn(5, 6, seed=4)  # of a donor's map from 6 units to 5, into an anchor's from 9 to 8
+    t_in, t_out = (turn(a.T @ b) for a, b in zip(x, y, strict=True))
+    theirs = carry(change.float(), t_in, t_out, key="up.weight").double()
+    turns = {role: procrustes(a.T @ b) for role, a, b in zip(("norm2", "up"), x, y, strict=True)}
+    none, like = {"up.weight": torch.zeros_like(change)}, {"up.weight": theirs}
+    ours = task_vector_transport._moved(none, {"up.weight": change}, turns, task_vector_transport.SIDES, like)
+    torch.testing.assert_close(ours["up.weight"], theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast")

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from polymerge.align.procrustes import pair_block
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.errors import PreflightError
-from polymerge.methods import fs_merge, git_rebasin, linear, orthogonal, ot_fusion, regmean, transport_and_merge, zipit
+from polymerge.methods import (
+    fs_merge,
+    git_rebasin,
+    linear,
+    orthogonal,
+    ot_fusion,
+    regmean,
+    task_vector_transport,
+    transport_and_merge,
+    zipit,
+)
 from polymerge.methods._lift import lift, rows_of_all
 from polymerge.methods._merge import aligned
 from polymerge.model import decoder
@@ -271,6 +282,29 @@ def test_the_same_merge_twice_gives_the_same_bytes(name, save_model, tmp_path):
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", seed=1, num_hidden_layers=1)]
     once, again = (merged(EXACT[name], pair, pair[0].spec)[1] for _ in "ab")
     assert all(torch.equal(once[layer][r], again[layer][r]) for layer in once for r in once[layer])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_difference_is_carried_over_from_a_permuted_base(family, save_model, tmp_path, monkeypatch):
+    """The anchor's own base in other coordinates, tuned there: added to the anchor, it is as if tuned here."""
+    g, base = torch.Generator().manual_seed(7), expert(save_model, tmp_path, family, intermediate_size=32)
+    change = {None: {}, 0: {}, 1: {}}
+    for index, part in ((None, base.outer()), *((i, base.layer(i)) for i in range(base.spec.layers))):
+        change[index] = {r: 0.05 * torch.randn(x.shape, generator=g, dtype=torch.float64) for r, x in part.items()}
+
+    def tuned(source):
+        return rewrite(twin(source), lambda i, w: {r: x + change[i][r] for r, x in w.items()})
+
+    far = disguised(base, "permutation")
+    table = {Path("near"): base, Path("far"): far}
+    monkeypatch.setattr(task_vector_transport, "Source", lambda path, **_: table[path])
+    method = task_vector_transport.Method(bases=("near", "far"))
+    logits, _, data = merged(method, [base, disguised(tuned(base), "permutation")], base.spec)
+    assert gap(logits, tuned(base), data) < 1e-6
+    half, _, _ = merged(replace(method, alpha=0.0), [base, tuned(far)], base.spec)
+    assert gap(half, base, data) < 1e-9
+    with pytest.raises(PreflightError, match="bases: 0 for 2 experts"):
+        merged(task_vector_transport.Method(), [base, base], base.spec)
 
 
 def test_linear_is_the_plain_average_of_equal_shapes(save_model, tmp_path):

@@ -232,7 +232,10 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
         name: e.model_copy(update={"model": base / e.model, "text": [base / t for t in e.text]})
         for name, e in recipe.experts.items()
     }
-    return recipe.model_copy(update={"experts": experts})
+    options = {
+        key: [str(base / b) for b in value] if key == "bases" else value for key, value in recipe.options.items()
+    }
+    return recipe.model_copy(update={"experts": experts, "options": options})
 
 
 def _first(error: ValidationError) -> str:

@@ -38,13 +38,10 @@ METHODS: dict[str, tuple[str, str]] = {
     "shrink": ("control", "the fold of the anchor alone into the same size"),
     "placebo": ("control", "the fold with the other experts' weights shuffled inside each tensor"),
     "fuse_distill": ("rival", "FuseLLM: the padded anchor, distilled from the experts' fused distributions"),
-    "task_vector_transport": ("rival", "Theseus, BiCo: a donor's task vector transported onto the anchor"),
 }
 """Name -> (group, what it is). Rivals are added by `known`."""
-LACKING = {
-    "task_vector_transport": "it needs the donor's base model, and these experts were trained from scratch",
-}
-"""What no suite can run, and why."""
+TUNED = ("task_vector_transport",)
+"""What adds differences to a base, and so needs the models that the experts were tuned from (`Bed.bases`)."""
 PUBLIC = {
     "fuse_distill": ("18907305772/FuseAI@7d9a307", "the gradient of its loss"),
     "git_rebasin": ("samuela/git-re-basin@ef40098", "the permutations that weight matching finds"),
@@ -53,6 +50,7 @@ PUBLIC = {
     "orthogonal": ("antoniohonsell/Generalized-LMC-for-Transformers@8c6f323", "the rotation, and which heads match"),
     "regmean": ("nthehai01/RegMean-plusplus@8f4bf1f", "the regression of a map"),
     "fs_merge": ("idankinderman/fs_merge@53a74b4", "how learned maps are folded into a weight"),
+    "task_vector_transport": ("apanariello4/merge-and-rebase@345c570", "how a difference is carried over"),
     "transport_and_merge": (
         "chenhangcuisg-code/Cross-Architecture-Merging-for-Large-Language-Models@6a822ef",
         "the whole merge, its plans not sparsified",
@@ -91,6 +89,8 @@ class Bed(Protocol):
     setting: dict[str, Any]
     shared: Any
     """`shared.Shared`: models that several methods use."""
+    bases: tuple[str, ...]
+    """The model that each expert was tuned from; empty where they were trained from scratch."""
 
     def rival(self, method: Any) -> Outcome:
         """Run a rival in the fold's shape."""
@@ -139,8 +139,8 @@ def chosen(asked: Sequence[str] | None) -> list[str]:
 
 def run(bed: Bed, name: str) -> Outcome:
     """One method on a bed. Raises PreflightError where it cannot do the case."""
-    if name in LACKING:
-        raise PreflightError(LACKING[name])
+    if name in TUNED and not bed.bases:
+        raise PreflightError("it needs the donor's base model, and these experts were trained from scratch")
     if name in METHODS:
         work = getattr(bed, name, None)
         if work is None:
@@ -164,7 +164,8 @@ def tuned(bed: Bed, method: Any) -> Outcome:
     """
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
     up = 1 if bed.metric == "accuracy" else -1
-    made = [method(**options) for options in grid]
+    given = {"bases": bed.bases} if method.__module__.rpartition(".")[2] in TUNED else {}
+    made = [method(**given, **options) for options in grid]
     found = [bed.rival(one) for one in made]
     for one, outcome in zip(made, found, strict=True):
         outcome.tokens = getattr(one, "training_tokens", 0)
@@ -183,7 +184,7 @@ def tuned(bed: Bed, method: Any) -> Outcome:
 def _settings(method: Any) -> str:
     """A rival's settings in words."""
     given = vars(method) if hasattr(method, "__dict__") else {}
-    said = [f"{key} {value}" for key, value in given.items() if key != "weights" and not key.startswith("_")]
+    said = [f"{k} {v}" for k, v in given.items() if k not in ("weights", "bases") and not k.startswith("_")]
     if "weights" in given:
         said.insert(0, f"weights {', '.join(map(str, given['weights']))}" if given["weights"] else "equal weights")
     return ", ".join(said)

@@ -35,6 +35,7 @@ class ModularBed:
     """See `methods.Bed`. Experts are trained when the bed is made, unless the cache has them."""
 
     metric = "accuracy"
+    bases: tuple[str, ...] = ()
 
     def __init__(
         self,

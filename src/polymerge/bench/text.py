@@ -2,10 +2,11 @@
 
 `quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer, by a fold of
 half the default's text. `full`: these at four sizes, and experts trained on the user's own texts
-(`text_experts.py`): Shakespeare and Python that differ in one axis at a time, pairs over other domains, three and four
-experts at once. The fold is `polymerge.merge` itself; every distilled method heals on the same tokens with the same
-grid of learning rates, the rate chosen by the worst skill on validation text. `medium`: full's cases at the sum of
-sizes with a quarter of its healing, for one CPU.
+(`text_experts.py`): Shakespeare and Python that differ in one axis at a time, or were tuned from a common base or from
+bases of two widths; pairs over other domains; three and four experts at once. The fold is `polymerge.merge` itself;
+every distilled method heals on the same tokens with the same grid of learning rates, the rate chosen by the worst skill
+on validation text. `medium`: full's cases at the sum of sizes, and the one with a common base, with a quarter of its
+healing, for one CPU.
 """
 
 import math
@@ -78,9 +79,12 @@ def cases(profile: str) -> list[Case]:
     found += [_trained(("shakespeare", f"python/{axis}"), "sum", axis) for axis in text_experts.AXES]
     found += [_trained(("shakespeare", f"python/{axis}"), "1.0x", axis) for axis in ("seed", "all")]
     found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
+    found += [_trained(("shakespeare/tuned", "python/tuned"), "1.0x", "base")]
+    found += [_trained(("shakespeare/tuned", "python/wide-tuned"), "sum", "bases")]
     if profile == "full":
         return found
-    return [replace(case, detail=replace(case.detail, **MEDIUM)) for case in found if case.detail.budget == "sum"]
+    chosen = [case for case in found if case.detail.budget == "sum" or case.detail.axis == "base"]
+    return [replace(case, detail=replace(case.detail, **MEDIUM)) for case in chosen]
 
 
 def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
@@ -97,12 +101,13 @@ def lacking(case: Case, texts: Path | None) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """An expert's model and texts (`key`: of their records), and what its training took, if it was trained here."""
+    """An expert's model and texts (`key`: of their records), what its training took, and what it was tuned from."""
 
     model: Path
     text: Path
     key: str = "text"
     record: Mapping[str, Any] = field(default_factory=dict)
+    base: Path | None = None
 
     @property
     def recipe(self) -> dict[str, str]:
@@ -122,7 +127,8 @@ def given(
         plan = text_experts.PLANS[name]
         expert = workshop.expert(plan)
         record = {key: expert.record[key] for key in ("tokens", "stream", "best_val_bpb", "cpu_seconds")}
-        found[plan.domain] = Given(expert.folder, expert.text, expert.field, record)
+        base = workshop.expert(text_experts.PLANS[plan.base]).folder if plan.base else None
+        found[plan.domain] = Given(expert.folder, expert.text, expert.field, record, base)
     return found
 
 

@@ -56,6 +56,7 @@ class TextBed:
         self.place = scratch
         found = given(self.detail, scratch, texts, seed, device, progress)
         self.sources = {name: Source(one.model, device=device) for name, one in found.items()}
+        self.bases = tuple(str(one.base) for one in found.values() if one.base)
         self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
         self.recipe = recipe.parse({
             "method": "fold", "anchor": self.detail.anchor, "experts": {n: one.recipe for n, one in found.items()},
@@ -194,7 +195,9 @@ class TextBed:
 
     def peer(self, name: str) -> Outcome:
         """The experts as they are."""
-        folder = peer.merge(name, [s.path for s in self.sources.values()], self.place / name, seed=self.seed)
+        common = Path(self.bases[0]) if len(set(self.bases)) == 1 else None
+        paths = [s.path for s in self.sources.values()]
+        folder = peer.merge(name, paths, self.place / name, base=common, seed=self.seed)
         made = Source(folder)
         outcome = self._measured(load_student(folder), made.spec)
         outcome.parameters = made.parameters

@@ -24,10 +24,13 @@ from polymerge.bench.modular import cache_folder
 from polymerge.calibrate.texts import Skill, pack, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.errors import OutputError, PreflightError
+from polymerge.model.target import load_student
 
 VARIABLE = "POLYMERGE_TEXTS"
 RECIPE_VERSION = 1
 """Part of the cache's key: raise it when training changes in a way that the settings don't show."""
+TUNING = lm.Training(tokens=800_000, lr=1e-3)
+"""Of experts that start from a base: half the tokens at half the rate."""
 TOKENIZER_CHARACTERS = 400_000
 """Of each domain, for the tokenizer."""
 HELD_BACK, HELD_ROWS = 16, 48
@@ -54,7 +57,10 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples."""
+    """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples.
+
+    `base`: the plan, in `PLANS`, of the model that it is tuned from; none: random weights.
+    """
 
     domain: str
     family: str
@@ -63,11 +69,13 @@ class ExpertPlan:
     heads: int
     kv_heads: int
     mlp: int
+    base: str = ""
 
     @property
     def name(self) -> str:
         """Such as python-llama-4x96x4."""
-        return f"{self.domain}-{self.family}-{self.layers}x{self.width}x{self.heads}"
+        tuned = "-tuned" if self.base else ""
+        return f"{self.domain}-{self.family}-{self.layers}x{self.width}x{self.heads}{tuned}"
 
 
 PLANS = {
@@ -83,6 +91,12 @@ PLANS = {
     "stories": ExpertPlan("stories", "qwen3", 6, 72, 6, 3, 216),
     "rust": ExpertPlan("rust", "mistral", 2, 192, 8, 2, 512),
     "wiki": ExpertPlan("wiki", "qwen2", 5, 120, 5, 1, 320),
+    # Tuned from a common base, or from bases of two widths: the home ground of task vectors.
+    "wiki/base": ExpertPlan("wiki", "llama", 4, 96, 4, 4, 256),
+    "wiki/wide-base": ExpertPlan("wiki", "llama", 4, 144, 6, 6, 384),
+    "shakespeare/tuned": ExpertPlan("shakespeare", "llama", 4, 96, 4, 4, 256, "wiki/base"),
+    "python/tuned": ExpertPlan("python", "llama", 4, 96, 4, 4, 256, "wiki/base"),
+    "python/wide-tuned": ExpertPlan("python", "llama", 4, 144, 6, 6, 384, "wiki/wide-base"),
 }
 """Every expert that a case can name. Width grows by heads of one size, as it does in families of models."""
 AXES = ("seed", "depth", "width", "heads", "family", "all")
@@ -161,22 +175,30 @@ class Workshop:
     def expert(self, plan: ExpertPlan) -> Expert:
         """An expert; trained now unless the cache has it."""
         place, spoken = DOMAINS[plan.domain], self.tokenizer()
+        base = self.expert(PLANS[plan.base]).folder if plan.base else None
+        described = asdict(plan) | ({"base": base.name} if base else {})
         depends = {
-            "version": RECIPE_VERSION, "plan": asdict(plan), "seed": self.seed, "training": asdict(self.training),
+            "version": RECIPE_VERSION, "plan": {key: value for key, value in described.items() if value},
+            "seed": self.seed, "training": asdict(self._training(plan)),
             "skill": self.skill(plan.domain).digest(),
             "tokenizer": hashlib.sha256((spoken / "tokenizer.json").read_bytes()).hexdigest(),
         }  # fmt: skip
-        folder = self._kept(plan.name, depends, lambda made: self._train(plan, spoken, made, depends))
+        folder = self._kept(plan.name, depends, lambda made: self._train(plan, base, spoken, made, depends))
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         return Expert(folder, self.texts / place.file, place.field, record)
 
-    def _train(self, plan: ExpertPlan, spoken: Path, folder: Path, depends: Mapping[str, Any]) -> None:
+    def _training(self, plan: ExpertPlan) -> lm.Training:
+        return TUNING if plan.base else self.training
+
+    def _train(
+        self, plan: ExpertPlan, base: Path | None, spoken: Path, folder: Path, depends: Mapping[str, Any]
+    ) -> None:
         tokenizer, documents = load_tokenizer(spoken), self.skill(plan.domain).calibration
         tokens = lm.stream(tokenizer, [text for i, text in enumerate(documents) if i % HELD_BACK])
         held_out = pack(tokenizer, documents[::HELD_BACK], self.training.context, limit=HELD_ROWS)
-        model = model_of(plan, self.seed)
+        model = load_student(base) if base else model_of(plan, self.seed)
         done = lm.train(
-            model, tokens, held_out, self.training, self.seed,
+            model, tokens, held_out, self._training(plan), self.seed,
             device=self.device, progress=lambda note: self.progress(f"{plan.name}: {note}"),
         )  # fmt: skip
         model.cpu().save_pretrained(folder)

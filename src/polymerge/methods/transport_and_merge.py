@@ -15,7 +15,7 @@ A donor may be of any family that shares the tokenizer, as only correlations of 
 pairs and heads are not respected by the transport. The anchor must be llama-like.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,13 +29,14 @@ from polymerge.errors import PreflightError
 from polymerge.methods._lift import Lifted, hold, plan_of, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
+from polymerge.methods._traces import INPUTS, activations
 from polymerge.methods.linear import padded
-from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
-MAPS = {"q": "normed", "k": "normed", "v": "normed", "o": "mixed"}
+MAPS = {role: INPUTS[role] for role in ("q", "k", "v", "o")}
 """Each transported map and its input."""
+KINDS = tuple(dict.fromkeys((*MAPS, *MAPS.values())))
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,17 @@ class Method:
     ) -> tuple[dict[tuple[str, int, int], Tensor], dict[str, Tensor]]:
         """Plans (units of B, units of A) by kind and layers, and the coupling of layers (layers of A, of B) by kind."""
         moments: dict[tuple[str, int, int], Correlation] = {}
-        for tokens in batches:
-            theirs = list(activations(donor.spec, donor.outer(), donor.layer, tokens.to(donor.device)))
-            for i, ours in enumerate(activations(anchor.spec, anchor.outer(), anchor.layer, tokens.to(donor.device))):
+        for tokens in (rows.to(donor.device) for rows in batches):
+            ours, theirs = (list(activations(e.spec, e.outer(), e.layer, tokens))[1:-1] for e in (anchor, donor))
+            for i, own in enumerate(ours):
                 for j, other in enumerate(theirs):
-                    for kind, x in ours.items():
-                        y = other[kind]
+                    for kind in KINDS:
+                        x, y = own[kind], other[kind]
                         if (kind, i, j) not in moments:
                             moments[kind, i, j] = Correlation(y.shape[-1], x.shape[-1], x.device)
                         moments[kind, i, j].add(y, x)
         plans, layers = {}, {}
-        for kind in dict.fromkeys((*MAPS, *MAPS.values())):
+        for kind in KINDS:
             costs = torch.zeros(anchor.spec.layers, donor.spec.layers, dtype=torch.float64)
             for i, j in torch.cartesian_prod(*(torch.arange(n) for n in costs.shape)).view(-1, 2).tolist():
                 cost = 1 - moments[kind, i, j].matrix()
@@ -133,17 +134,3 @@ class _Mixed(Lifted):
             mean = torch.stack([gift[index][name] for gift in self._gifts]).mean(0)
             weights[name] = (1 - self._alpha) * weights[name] + self._alpha * mean
         return weights
-
-
-def activations(
-    spec: Spec, outer: Weights, layer: Callable[[int], Weights], tokens: Tensor
-) -> Iterator[dict[str, Tensor]]:
-    """Inputs and outputs of the attention's linear maps, layer by layer: normed, q, k, v, mixed, o."""
-    x = decoder.embed(spec, outer, tokens)
-    for index in range(spec.layers):
-        weights = layer(index)
-        normed = decoder.normalise(spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
-        trace = decoder.layer(spec, weights, x)
-        out = {role: decoder.linear(weights, role, normed) for role in ("q", "k", "v")}
-        yield out | {"normed": normed, "mixed": trace.mixed, "o": decoder.linear(weights, "o", trace.mixed)}
-        x = trace.out
