@@ -48,6 +48,12 @@ def test_a_whole_recipe(tmp_path):
     assert (recipe.fold.tokens, recipe.fold.ridge, recipe.seed) == (32_000, 1e-3, 3)
 
 
+def test_bases_are_relative_to_the_recipe(tmp_path):
+    asked = data(method="task_vector_transport", options={"bases": ["base", "/there"], "alpha": 0.5})
+    found = parse(asked, folder=tmp_path).options
+    assert found == {"bases": [str(tmp_path / "base"), "/there"], "alpha": 0.5}
+
+
 def test_absolute_paths_stay(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT.replace("experts/prose", "/elsewhere/prose"))
