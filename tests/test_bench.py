@@ -316,15 +316,16 @@ def refuse(why):
 def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     class Bed:
         def __init__(self, metric):
-            self.metric, self.budget = metric, "sum"
+            self.metric, self.budget, self.bases = metric, "sum", ()
             self.owners = self.anchor_scores = self.expert_parameters = self.setting = self.shared = {}
 
         def rival(self, method):
             held = {"a": 1.0, "b": method.knob}
             return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held})
 
-        def peer(self, name):
-            raise NotImplementedError
+        def peer(self, name, weight=None):
+            assert name.startswith("mergekit")
+            return methods.Outcome({"a": weight or 0.0}, extra={"validation": {"a": -abs((weight or 0.0) - 0.6)}})
 
     class Method:
         GRID = ({}, {"knob": 0.7}, {"knob": 0.1})
@@ -336,6 +337,9 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7; best of 3 by validation; shape")
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
+    ties = methods.run(Bed("accuracy"), "mergekit_ties")
+    assert (ties.scores, ties.notes) == ({"a": 0.7}, "weight 0.7 each, density 0.5; best of 3 by validation")
+    assert methods.run(Bed("accuracy"), "mergekit_linear").notes == "equal weights"
 
 
 def test_every_listed_case_of_the_full_profile_is_there():

@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -95,8 +96,8 @@ class Bed(Protocol):
     def rival(self, method: Any) -> Outcome:
         """Run a rival in the fold's shape."""
 
-    def peer(self, name: str) -> Outcome:
-        """Run a method of mergekit on the experts' folders."""
+    def peer(self, name: str, weight: float | None = None) -> Outcome:
+        """Run a method of mergekit on the experts' folders; `weight`: each expert's, None: the method's own."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,7 @@ def run(bed: Bed, name: str) -> Outcome:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
     elif name in peer.METHODS:
-        outcome = bed.peer(name)
-        outcome.notes = "; ".join(filter(None, (peer.SETTINGS[name], outcome.notes)))
+        outcome = best_of(bed, {words: partial(bed.peer, name, weight) for words, weight in peer.tries(name).items()})
     else:
         outcome = tuned(bed, rivals()[name])
     if name in PUBLIC:
@@ -157,25 +157,32 @@ def run(bed: Bed, name: str) -> Outcome:
 
 
 def tuned(bed: Bed, method: Any) -> Outcome:
-    """A rival at the best of its settings (`GRID`: options that differ from the defaults) by its worst skill.
+    """A rival at the best of its settings (`GRID`: options that differ from the defaults)."""
+    given = {"bases": bed.bases} if method.__module__.rpartition(".")[2] in TUNED else {}
+    grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
+    made = [method(**given, **options) for options in grid]
+    best = best_of(bed, {_settings(one): partial(bed.rival, one) for one in made})
+    best.tokens = getattr(made[0], "training_tokens", 0)
+    return best
+
+
+def best_of(bed: Bed, tries: Mapping[str, Callable[[], Outcome]]) -> Outcome:
+    """The best of what a method was tried with, in words, by its worst skill.
 
     The skills are measured on validation data, as `Outcome.extra["validation"]` has them: accuracy, or bits per byte
     over the owner's. The time and the operations of all trials are the method's.
     """
-    grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
-    up = 1 if bed.metric == "accuracy" else -1
-    given = {"bases": bed.bases} if method.__module__.rpartition(".")[2] in TUNED else {}
-    made = [method(**given, **options) for options in grid]
-    found = [bed.rival(one) for one in made]
-    for one, outcome in zip(made, found, strict=True):
-        outcome.tokens = getattr(one, "training_tokens", 0)
-        tried = f"best of {len(grid)} by validation" if len(grid) > 1 else ""
-        outcome.notes = "; ".join(filter(None, (_settings(one), tried, outcome.notes)))
-    if len(grid) == 1:
+    up, found = 1 if bed.metric == "accuracy" else -1, []
+    for words, work in tries.items():
+        outcome = work()
+        tried = f"best of {len(tries)} by validation" if len(tries) > 1 else ""
+        outcome.notes = "; ".join(filter(None, (words, tried, outcome.notes)))
+        found.append(outcome)
+    if len(found) == 1:
         return found[0]
     spent = [outcome.flops for outcome in found if outcome.flops is not None]
     scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]
-    best = found[max(range(len(grid)), key=scores.__getitem__)]
+    best = found[max(range(len(found)), key=scores.__getitem__)]
     best.flops = sum(spent) if spent else None
     best.reused = max(outcome.reused for outcome in found)
     return best

@@ -31,13 +31,18 @@ METHODS: dict[str, tuple[str, str]] = {
     "mergekit_ties": ("peer", "mergekit's TIES, half of each task vector kept"),
     "mergekit_dare": ("peer", "mergekit's DARE, half of each task vector kept"),
 }
-SETTINGS = {
-    "mergekit_linear": "equal weights", "mergekit_slerp": "t 0.5", "mergekit_task_arithmetic": "weight 1 each",
-    "mergekit_ties": "weight 1 each, density 0.5", "mergekit_dare": "weight 1 each, density 0.5",
-}  # fmt: skip
-"""What `config` asks for, in words."""
 TASK_VECTORS = {"mergekit_task_arithmetic": "task_arithmetic", "mergekit_ties": "ties", "mergekit_dare": "dare_linear"}
 """Methods that subtract a common base model, and mergekit's names of them."""
+TRIED = (1.0, 0.7, 0.4)
+"""Weights of each task vector from which validation text chooses."""
+
+
+def tries(name: str) -> dict[str, float | None]:
+    """What a method is tried with: in words, and each expert's weight (None: the method's own)."""
+    if name not in TASK_VECTORS:
+        return {"t 0.5" if name == "mergekit_slerp" else "equal weights": None}
+    more = "" if name == "mergekit_task_arithmetic" else ", density 0.5"
+    return {f"weight {w:g} each{more}": w for w in TRIED}
 
 
 def command() -> str:

@@ -193,14 +193,15 @@ class TextBed:
         outcome.extra["validation"] = self._over(model)
         return outcome
 
-    def peer(self, name: str) -> Outcome:
+    def peer(self, name: str, weight: float | None = None) -> Outcome:
         """The experts as they are."""
         common = Path(self.bases[0]) if len(set(self.bases)) == 1 else None
         paths = [s.path for s in self.sources.values()]
-        folder = peer.merge(name, paths, self.place / name, base=common, seed=self.seed)
-        made = Source(folder)
-        outcome = self._measured(load_student(folder), made.spec)
-        outcome.parameters = made.parameters
+        weights = [weight] * len(paths) if weight is not None else []
+        folder = peer.merge(name, paths, self._new(name).parent / "out", base=common, weights=weights, seed=self.seed)
+        made, model = Source(folder), load_student(folder)
+        outcome = self._measured(model, made.spec)
+        outcome.parameters, outcome.extra["validation"] = made.parameters, self._over(model)
         return outcome
 
     # ------------------------------------------------------------------ parts
