@@ -323,9 +323,9 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
             held = {"a": 1.0, "b": method.knob}
             return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held})
 
-        def peer(self, name, weight=None):
+        def peer(self, name, scale=1.0):
             assert name.startswith("mergekit")
-            return methods.Outcome({"a": weight or 0.0}, extra={"validation": {"a": -abs((weight or 0.0) - 0.6)}})
+            return methods.Outcome({"a": scale}, extra={"validation": {"a": -abs(scale - 0.6)}})
 
     class Method:
         GRID = ({}, {"knob": 0.7}, {"knob": 0.1})
@@ -338,7 +338,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
     ties = methods.run(Bed("accuracy"), "mergekit_ties")
-    assert (ties.scores, ties.notes) == ({"a": 0.7}, "weight 0.7 each, density 0.5; best of 3 by validation")
+    assert (ties.scores, ties.notes) == ({"a": 0.7}, "weight 1 each, density 0.5, scale 0.7; best of 3 by validation")
     assert methods.run(Bed("accuracy"), "mergekit_linear").notes == "equal weights"
 
 

@@ -63,6 +63,8 @@ def test_task_arithmetic_and_slerp_are_what_their_papers_say(pair, save_model, t
     turned = tensors(peer.merge("mergekit_slerp", pair, tmp_path / "turn"))
     key = (1, "up.weight")
     torch.testing.assert_close(summed[key], a[key] + b[key] - zero[key], atol=1e-5, rtol=1e-5)
+    some = tensors(peer.merge("mergekit_task_arithmetic", pair, tmp_path / "some", base=base, scale=0.25))
+    torch.testing.assert_close(some[key], 0.25 * summed[key] + 0.75 * zero[key], atol=1e-5, rtol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(a[key].flatten(), b[key].flatten(), 0)
     half = (a[key] + b[key]) / (2 * (1 + cosine)).sqrt()
     torch.testing.assert_close(turned[key], half, atol=1e-4, rtol=1e-3)

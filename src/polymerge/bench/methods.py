@@ -96,8 +96,8 @@ class Bed(Protocol):
     def rival(self, method: Any) -> Outcome:
         """Run a rival in the fold's shape."""
 
-    def peer(self, name: str, weight: float | None = None) -> Outcome:
-        """Run a method of mergekit on the experts' folders; `weight`: each expert's, None: the method's own."""
+    def peer(self, name: str, scale: float = 1.0) -> Outcome:
+        """Run a method of mergekit on the experts' folders; `scale`: of a task vector."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def run(bed: Bed, name: str) -> Outcome:
             raise PreflightError(f"{name}: this suite has no such run")
         outcome: Outcome = work()
     elif name in peer.METHODS:
-        outcome = best_of(bed, {words: partial(bed.peer, name, weight) for words, weight in peer.tries(name).items()})
+        outcome = best_of(bed, {words: partial(bed.peer, name, scale) for words, scale in peer.tries(name).items()})
     else:
         outcome = tuned(bed, rivals()[name])
     if name in PUBLIC:

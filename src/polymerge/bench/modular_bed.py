@@ -208,9 +208,9 @@ class ModularBed:
         outcome.notes = note
         return outcome
 
-    def peer(self, name: str, weight: float | None = None) -> Outcome:
-        """The experts as they are; they have no base, so nothing is weighted."""
-        del weight
+    def peer(self, name: str, scale: float = 1.0) -> Outcome:
+        """The experts as they are; they have no base, so nothing is scaled."""
+        del scale
         folder = peer.merge(name, [e.path for e in self.experts], self._scratch / name, seed=self.seed)
         made = modular.opened(folder, self.device)
         return Outcome(self._measured(made), made.parameters, table.size_of(made.spec))

@@ -34,15 +34,15 @@ METHODS: dict[str, tuple[str, str]] = {
 TASK_VECTORS = {"mergekit_task_arithmetic": "task_arithmetic", "mergekit_ties": "ties", "mergekit_dare": "dare_linear"}
 """Methods that subtract a common base model, and mergekit's names of them."""
 TRIED = (1.0, 0.7, 0.4)
-"""Weights of each task vector from which validation text chooses."""
+"""Scales of the merged task vector (mergekit's lambda) from which validation text chooses."""
 
 
-def tries(name: str) -> dict[str, float | None]:
-    """What a method is tried with: in words, and each expert's weight (None: the method's own)."""
+def tries(name: str) -> dict[str, float]:
+    """What a method is tried with: in words, and the scale of its task vector."""
     if name not in TASK_VECTORS:
-        return {"t 0.5" if name == "mergekit_slerp" else "equal weights": None}
+        return {"t 0.5" if name == "mergekit_slerp" else "equal weights": 1.0}
     more = "" if name == "mergekit_task_arithmetic" else ", density 0.5"
-    return {f"weight {w:g} each{more}": w for w in TRIED}
+    return {f"weight 1 each{more}, scale {scale:g}": scale for scale in TRIED}
 
 
 def command() -> str:
@@ -53,8 +53,10 @@ def command() -> str:
     return found
 
 
-def config(name: str, experts: Sequence[Path], base: Path | None = None, weights: Sequence[float] = ()) -> Any:
-    """What mergekit reads. Raises PreflightError where the method does not fit the experts."""
+def config(
+    name: str, experts: Sequence[Path], base: Path | None = None, weights: Sequence[float] = (), scale: float = 1.0
+) -> Any:
+    """What mergekit reads; `scale`: of the merged task vector. Raises PreflightError where experts do not fit."""
     models: list[dict[str, Any]] = [{"model": str(path.absolute())} for path in experts]
     equal = 1 / len(experts) if name == "mergekit_linear" else 1.0
     shares = list(weights) or [equal] * len(experts)
@@ -70,7 +72,9 @@ def config(name: str, experts: Sequence[Path], base: Path | None = None, weights
         raise PreflightError("it adds differences to a common base model, and these experts have none")
     kept = {} if name == "mergekit_task_arithmetic" else {"density": 0.5}
     weighted = [m | {"parameters": {"weight": w, **kept}} for m, w in zip(models, shares, strict=True)]
-    method = {"merge_method": TASK_VECTORS[name], "base_model": str(base.absolute())}
+    method = {
+        "merge_method": TASK_VECTORS[name], "base_model": str(base.absolute()), "parameters": {"lambda": scale},
+    }  # fmt: skip
     return {"models": weighted, "dtype": "float32", **method}
 
 
@@ -81,6 +85,7 @@ def merge(
     *,
     base: Path | None = None,
     weights: Sequence[float] = (),
+    scale: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """Let mergekit merge checkpoint folders into the folder `out`, which is returned.
@@ -90,7 +95,7 @@ def merge(
     # By links: mergekit takes what follows an @ in a path for a revision.
     paths = [*experts, base] if base else list(experts)
     links = [out / f"expert-{k}" for k in range(len(paths))]
-    asked = config(name, links[: len(experts)], links[-1] if base else None, weights)
+    asked = config(name, links[: len(experts)], links[-1] if base else None, weights, scale)
     program = command()
     out.mkdir(parents=True)
     for link, path in zip(links, paths, strict=True):

@@ -193,12 +193,11 @@ class TextBed:
         outcome.extra["validation"] = self._over(model)
         return outcome
 
-    def peer(self, name: str, weight: float | None = None) -> Outcome:
+    def peer(self, name: str, scale: float = 1.0) -> Outcome:
         """The experts as they are."""
         common = Path(self.bases[0]) if len(set(self.bases)) == 1 else None
         paths = [s.path for s in self.sources.values()]
-        weights = [weight] * len(paths) if weight is not None else []
-        folder = peer.merge(name, paths, self._new(name).parent / "out", base=common, weights=weights, seed=self.seed)
+        folder = peer.merge(name, paths, self._new(name).parent / "out", base=common, scale=scale, seed=self.seed)
         made, model = Source(folder), load_student(folder)
         outcome = self._measured(model, made.spec)
         outcome.parameters, outcome.extra["validation"] = made.parameters, self._over(model)
