@@ -216,7 +216,7 @@ def test_methods_and_families_are_the_folders(call):
     assert tuple(m["name"] for m in found) == methods.names()
     options = {m["name"]: m["options"] for m in found}
     assert options["fold"] == {}
-    assert options["zipit"] == {"rows": 256}
+    assert options["zipit"] == {"alpha": 1.0, "rows": 256}
     assert "rows: 256" in call("methods").stdout
     assert all(m["about"] for m in found)
     rows = json.loads(call("families", "--json").stdout)
