@@ -232,9 +232,9 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
         name: e.model_copy(update={"model": base / e.model, "text": [base / t for t in e.text]})
         for name, e in recipe.experts.items()
     }
-    options = {
-        key: [str(base / b) for b in value] if key == "bases" else value for key, value in recipe.options.items()
-    }
+    options = dict(recipe.options)
+    if isinstance(options.get("bases"), list):
+        options["bases"] = [str(base / str(b)) for b in options["bases"]]
     return recipe.model_copy(update={"experts": experts, "options": options})
 
 

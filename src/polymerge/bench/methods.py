@@ -158,7 +158,7 @@ def run(bed: Bed, name: str) -> Outcome:
 
 def tuned(bed: Bed, method: Any) -> Outcome:
     """A rival at the best of its settings (`GRID`: options that differ from the defaults)."""
-    given = {"bases": bed.bases} if method.__module__.rpartition(".")[2] in TUNED else {}
+    given = {"bases": bed.bases} if hasattr(method, "bases") else {}
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
     made = [method(**given, **options) for options in grid]
     best = best_of(bed, {_settings(one): partial(bed.rival, one) for one in made})

@@ -6,7 +6,7 @@ target's, RMSNorm's γ multiplied into the maps that read the norm. Width, neuro
 expert's own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import ceil, inf
 
@@ -105,6 +105,22 @@ class _ZeroPadding(_Padding):
         out = x.new_zeros(total, self.target.width)
         out[rows, : self.spec.width] = x
         return out
+
+
+class Changed(Lifted):
+    """A lifted expert whose weights went through `change(layer, weights)`; layer None: what is outside the layers."""
+
+    def __init__(self, expert: Lifted, change: Callable[[int | None, dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        vars(self).update(vars(expert))
+        self._expert, self._change = expert, change
+
+    def outer(self) -> dict[str, Tensor]:
+        """Outside the layers, changed."""
+        return self._change(None, self._expert.outer())
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """A layer, changed."""
+        return self._change(index, self._expert.layer(index))
 
 
 def lift(experts: Sequence[Source], target: Spec, *, absorb: bool = True) -> list[Lifted]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from polymerge.align.procrustes import orthogonal
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, hold, rows_of_all
+from polymerge.methods._lift import Changed, Lifted, hold, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods._traces import INPUTS, activations
@@ -65,13 +65,19 @@ class Method:
         hold(lifted, target)
         batches = rows_of_all(texts, self.rows).split(self.batch)
         gifts = [_carried(own, bases[k], expert, batches) for k, expert in enumerate(experts) if k != anchor]
-        added = _Added(lifted, gifts, self.alpha)
+
+        def add(index: int | None, own: Weights) -> Weights:
+            for gift in gifts:
+                own |= {name: own[name] + self.alpha * change for name, change in gift[index].items()}
+            return own
+
+        added = Changed(lifted, add)
         emit_average([added], Alignment([padded(added, target)], [{}] * target.layers), [1.0], target, emit)
 
 
 @torch.no_grad()
-def _carried(anchor: Lifted, base: Source, tuned: Source, batches: Sequence[Tensor]) -> list[Weights]:
-    """A donor's differences in the anchor's coordinates: outside the layers first, then layer by layer."""
+def _carried(anchor: Lifted, base: Source, tuned: Source, batches: Sequence[Tensor]) -> dict[int | None, Weights]:
+    """A donor's differences in the anchor's coordinates, by layer; None: outside the layers."""
     if base.spec.layers != anchor.spec.layers or base.spec.vocab != anchor.spec.vocab:
         raise PreflightError(
             f"{base.path}: {base.spec.layers} layers and {base.spec.vocab} tokens, the anchor has {anchor.spec.layers}"
@@ -86,9 +92,9 @@ def _carried(anchor: Lifted, base: Source, tuned: Source, batches: Sequence[Tens
                 cross[kind] = cross[kind] + moment if kind in cross else moment
     turns = [{kind: orthogonal(cross) for kind, cross in some.items()} for some in crosses]
     outer = _moved(base.outer(), tuned.outer(), turns[0] | turns[-1], OUTER, anchor.outer())
-    return [outer, *(
-        _moved(base.layer(i), tuned.layer(i), turns[i + 1], SIDES, anchor.layer(i)) for i in range(base.spec.layers)
-    )]  # fmt: skip
+    return {None: outer} | {
+        i: _moved(base.layer(i), tuned.layer(i), turns[i + 1], SIDES, anchor.layer(i)) for i in range(base.spec.layers)
+    }
 
 
 def _moved(
@@ -107,22 +113,3 @@ def _moved(
             change = change @ turns[right] if right else change
         out[name] = change.to(like[name])
     return out
-
-
-class _Added(Lifted):
-    """An anchor to which differences are added."""
-
-    def __init__(self, anchor: Lifted, gifts: Sequence[Sequence[Weights]], alpha: float) -> None:
-        vars(self).update(vars(anchor))
-        self._anchor, self._gifts, self._alpha = anchor, gifts, alpha
-
-    def outer(self) -> Weights:
-        return self._sum(self._anchor.outer(), 0)
-
-    def layer(self, index: int) -> Weights:
-        return self._sum(self._anchor.layer(index), index + 1)
-
-    def _sum(self, own: Weights, at: int) -> Weights:
-        for gift in self._gifts:
-            own |= {name: own[name] + self._alpha * change for name, change in gift[at].items()}
-        return own

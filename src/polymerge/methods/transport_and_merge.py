@@ -26,7 +26,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Lifted, hold, plan_of, rows_of_all
+from polymerge.methods._lift import Changed, Lifted, hold, plan_of, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods._traces import INPUTS, activations
@@ -67,7 +67,16 @@ class Method:
                 )
         batches = rows_of_all(texts, self.rows).split(self.batch)
         gifts = [self.received(lifted, donor, batches) for donor in donors]
-        mixed = _Mixed(lifted, gifts, self.alpha)
+
+        def mix(index: int | None, own: Weights) -> Weights:
+            if index is None:
+                return own
+            for name in gifts[0][index] if gifts else ():
+                mean = torch.stack([gift[index][name] for gift in gifts]).mean(0)
+                own[name] = (1 - self.alpha) * own[name] + self.alpha * mean
+            return own
+
+        mixed = Changed(lifted, mix)
         emit_average([mixed], Alignment([padded(mixed, target)], [{}] * target.layers), [1.0], target, emit)
 
     @torch.no_grad()
@@ -119,18 +128,3 @@ class Method:
                 costs[i, j] = float((cost * plans[kind, i, j]).sum())
             layers[kind] = plan_of(costs, self.epsilon)
         return plans, layers
-
-
-class _Mixed(Lifted):
-    """An anchor whose attention maps have taken something in: (1 − α) its own + α the mean of what it received."""
-
-    def __init__(self, anchor: Lifted, gifts: Sequence[Sequence[Weights]], alpha: float) -> None:
-        vars(self).update(vars(anchor))
-        self._anchor, self._gifts, self._alpha = anchor, gifts, alpha
-
-    def layer(self, index: int) -> Weights:
-        weights = self._anchor.layer(index)
-        for name in self._gifts[0][index] if self._gifts else ():
-            mean = torch.stack([gift[index][name] for gift in self._gifts]).mean(0)
-            weights[name] = (1 - self._alpha) * weights[name] + self._alpha * mean
-        return weights
