@@ -1,6 +1,7 @@
 """The text suite: its experts are build products that read calibration text only; every method gives bits per byte."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,9 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
     assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
+    scarce = [d for d in medium.values() if d.text]
+    assert {d.text for d in scarce} == set(text.SCARCE)
+    assert len(scarce) == 2 * len(text.SCARCE)
     [quick] = text.cases("quick")
     assert quick.detail.fold["tokens"] < Fold().tokens
 
@@ -187,6 +191,20 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
     assert rows["fold_heal"].flops > rows["fold"].flops > rows["shrink"].flops > 0
     assert "code translated from gpt_neox" in rows["linear"].notes
     assert "common base model" in rows["mergekit_ties"].reason
+
+
+def test_with_little_text_no_method_reads_more(tmp_path, monkeypatch):
+    read: list[int] = []
+    monkeypatch.setattr(
+        text_bed,
+        "at_best_rate",
+        lambda _student, _teachers, rows, *_, **__: read.extend(map(len, (r.tokens for r in rows.values()))) or stop(),
+    )
+    bed = text_bed.TextBed(Case("prose+code/text-1k/sum", "scarce", replace(FEW, text=1024)), 0, tmp_path)
+    assert bed.recipe.fold.tokens == 1024
+    with pytest.raises(PreflightError):
+        bed._distilled(lambda: None, bed.sources["prose"].spec)
+    assert read == [8, 8]
 
 
 @pytest.mark.slow

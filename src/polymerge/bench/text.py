@@ -1,12 +1,12 @@
 """Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
 
 `quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer, by a fold of
-half the default's text. `full`: these at four sizes, and experts trained on the user's own texts
-(`text_experts.py`): Shakespeare and Python that differ in one axis at a time, or were tuned from a common base or from
-bases of two widths; pairs over other domains; three and four experts at once. The fold is `polymerge.merge` itself;
-every distilled method heals on the same tokens with the same grid of learning rates, the rate chosen by the worst skill
-on validation text. `medium`: full's cases at the sum of sizes, and the one with a common base, with a quarter of its
-healing, for one CPU.
+half the default's text. `full`: these at four sizes, and experts trained on the user's own texts (`text_experts.py`):
+Shakespeare and Python that differ in one axis at a time, or were tuned from a common base or from bases of two widths;
+pairs over other domains; two pairs with little text to merge by; three and four experts at once. The fold is
+`polymerge.merge` itself; every distilled method heals on the same tokens with the same grid of learning rates, the rate
+chosen by the worst skill on validation text. `medium`: full's cases at the sum of sizes, and the one with a common
+base, with a quarter of its healing, for one CPU.
 """
 
 import math
@@ -37,6 +37,8 @@ class Detail:
         axis: the one thing in which the experts differ, in cases that are about one.
         heal_tokens: that every distilled method reads at each of the learning rates `lrs`.
         fold: as in a recipe.
+        text: different tokens of each skill that a method may read; None: all that there are. What is chosen on
+            validation text stays chosen on all of it, by every method alike.
         test_rows: most rows a skill is tested on.
     """
 
@@ -47,6 +49,7 @@ class Detail:
     heal_tokens: int = 400_000
     lrs: tuple[float, ...] = (1e-3, 4e-3)
     fold: dict[str, Any] = field(default_factory=dict)
+    text: int | None = None
     test_rows: int = TEST_ROWS
 
     def size(self, parameters: int) -> Any:
@@ -64,6 +67,7 @@ LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
 """A fold that takes what 100 k tokens of healing take; where a million follow, a better one is not worth its price."""
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
+SCARCE = (2_048, 8_192, 32_768)
 MORE = (
     ("shakespeare", "python/all", "gsm8k"),
     ("stories", "rust", "wiki"),
@@ -81,6 +85,7 @@ def cases(profile: str) -> list[Case]:
     found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
     found += [_trained(("shakespeare/tuned", "python/tuned"), "1.0x", "base")]
     found += [_trained(("shakespeare/tuned", "python/wide-tuned"), "sum", "bases")]
+    found += [_scarce(names, text) for names in (("shakespeare", "python/seed"), ("rust", "wiki")) for text in SCARCE]
     if profile == "full":
         return found
     chosen = [case for case in found if case.detail.budget == "sum" or case.detail.axis == "base"]
@@ -92,6 +97,12 @@ def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
     domains = [text_experts.PLANS[name].domain for name in names]
     title = "/".join(filter(None, ("+".join(domains), axis, budget)))
     return Case(title, "text", Detail(names, domains[0], budget, axis, **FULL))
+
+
+def _scarce(names: tuple[str, ...], text: int) -> Case:
+    """A case of trained experts with so little text of each skill."""
+    case = _trained(names, "sum", f"text-{text // 1024}k")
+    return replace(case, protocol="scarce", detail=replace(case.detail, axis="", text=text))
 
 
 def lacking(case: Case, texts: Path | None) -> str:

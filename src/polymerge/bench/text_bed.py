@@ -60,7 +60,8 @@ class TextBed:
         self.expert_parameters = {name: s.parameters for name, s in self.sources.items()}
         self.recipe = recipe.parse({
             "method": "fold", "anchor": self.detail.anchor, "experts": {n: one.recipe for n, one in found.items()},
-            "size": self.detail.size(sum(self.expert_parameters.values())), "fold": self.detail.fold,
+            "size": self.detail.size(sum(self.expert_parameters.values())),
+            "fold": self.detail.fold | ({"tokens": self.detail.text} if self.detail.text else {}),
             "dtype": "float32", "seed": seed,
         })  # fmt: skip
         self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
@@ -302,7 +303,8 @@ class TextBed:
     ) -> Outcome:
         """Heal at each learning rate (None: the case's); measure the best by validation."""
         settings, rates = Heal(tokens=tokens or self.detail.heal_tokens), rates or self.detail.lrs
-        rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length)
+        limit = self.detail.text and self.detail.text // settings.length
+        rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length, limit)
         held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
         teachers = {name: load_expert(s) for name, s in self.sources.items()}
         best = at_best_rate(
