@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from conftest import BYTES, TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from polymerge import heal_run
+from polymerge import divergence, heal_run
 from polymerge.calibrate.texts import Rows
+from polymerge.divergence import kl
 from polymerge.errors import OutputError, RecipeError
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, heal
 from polymerge.heal_state import LOG, STATE
 from polymerge.methods.union import UnionForCausalLM
-from polymerge.teachers import Batches, kl, next_token
+from polymerge.teachers import Batches, next_token
 
 FAST = Heal(tokens=40 * 6 * 16, lr=3e-3, batch_rows=6, length=16, evaluate_every=5, precision="float32")
 
@@ -65,20 +66,23 @@ def same(a, b):
 def mean_kl(student, teachers, rows):
     with torch.no_grad():
         return {
-            name: float(kl(student(r.tokens).logits, teachers[name](r.tokens).logits)) / r.tokens.numel()
+            name: float(kl(student(r.tokens).logits, teachers[name](r.tokens).logits).mean())
             for name, r in rows.items()
         }
 
 
-def test_kl_and_its_gradient_are_those_of_autograd():
+@pytest.mark.parametrize("chunk", [1, 40, 2**18])
+def test_kl_and_its_gradient_are_those_of_autograd(chunk, monkeypatch):
+    monkeypatch.setattr(divergence, "CHUNK_CPU", chunk)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(3, 5, 11, generator=generator, requires_grad=True)
     teacher = torch.randn(3, 5, 11, generator=generator)
     ours = kl(student, teacher)
-    (gradient,) = torch.autograd.grad(2 * ours, student)
+    weight = torch.rand(3, 5, generator=generator)
+    (gradient,) = torch.autograd.grad((weight * ours).sum(), student)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    plain = (log_p.exp() * (log_p - log_q)).sum()
-    (expected,) = torch.autograd.grad(2 * plain, student)
+    plain = (log_p.exp() * (log_p - log_q)).sum(-1)
+    (expected,) = torch.autograd.grad((weight * plain).sum(), student)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(gradient, expected)
 
@@ -87,7 +91,7 @@ def test_kl_of_a_longer_vocabulary_counts_its_padding_against_the_student():
     student, teacher = torch.zeros(1, 1, 4, requires_grad=True), torch.zeros(1, 1, 2)
     loss = kl(student, teacher)
     assert loss.item() == pytest.approx(math.log(2))
-    (gradient,) = torch.autograd.grad(loss, student)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
     torch.testing.assert_close(gradient.flatten(), torch.tensor([-0.25, -0.25, 0.25, 0.25]))
     assert float(kl(teacher, torch.zeros(1, 1, 4))) == pytest.approx(0)
 
@@ -465,7 +469,7 @@ def test_a_share_of_the_text_counts_its_own_next_tokens(case, share):
         for name, r in rows.items():
             tokens = r.tokens[:, :-1]
             ours, theirs = student(tokens).logits, teachers[name](tokens).logits
-            expected += float((1 - share) * kl(ours, theirs) + share * next_token(ours, tokens)) / (6 * 15)
+            expected += float((1 - share) * kl(ours, theirs).sum() + share * next_token(ours, tokens)) / (6 * 15)
     result = heal(student, teachers, rows, validation, replace(FAST, tokens=96, text=share))
     assert result.curve[-1].loss == pytest.approx(expected, rel=1e-5)
     assert [FAST.text_share(foreign=f) for f in (True, False)] == [0.8, 0.0]

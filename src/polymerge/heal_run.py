@@ -12,6 +12,7 @@ import torch
 from polymerge import teachers as learning
 from polymerge.calibrate.foreign import TranslatedTeacher
 from polymerge.calibrate.texts import Rows
+from polymerge.divergence import kl
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, HealResult, Point, Progress
 from polymerge.heal_state import Folder
@@ -118,7 +119,7 @@ class Run:
                 return learning.across(student, guide, tokens, kind=self.settings.across)
             with torch.no_grad():
                 theirs = guide(input_ids=tokens, use_cache=False).logits
-        return learning.kl(student, theirs)
+        return kl(student, theirs).sum()
 
     def measure(self) -> None:
         """Validate; keep the state if it is the best, go back to the best if it is clearly worse again."""

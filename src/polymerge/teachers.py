@@ -1,6 +1,6 @@
 """What healing learns from: who teaches each skill, which rows a step reads, and the loss.
 
-    loss = mean over scored positions of KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v)
+    loss = mean over scored positions of KL(teacher ‖ student)
 
 in float32 from the logits, in nats per token (Hinton et al. 2015, at temperature 1). The teacher of a skill's
 rows is their owner, or the union of all experts.
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from polymerge.calibrate.texts import Rows
+from polymerge.divergence import kl
 from polymerge.errors import RecipeError
 
 EVEN = 1e-3
@@ -48,39 +49,6 @@ def resolve(
     if kind == "owner":
         return owners, owners
     return dict.fromkeys(skills, UnionForCausalLM.from_experts(list(teachers.values()))), owners
-
-
-class _Kl(torch.autograd.Function):
-    """Σ KL with its gradient, softmax(student) − teacher, made in the same pass, row by row.
-
-    Autograd would keep four float32 tensors of the logits' size: a large vocabulary fills the memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        vocab = min(student.shape[-1], teacher.shape[-1])  # beyond it: rows that only pad a vocabulary
-        total = torch.zeros((), device=student.device)
-        gradient = torch.empty_like(student)
-        for out, mine, theirs in zip(gradient, student, teacher, strict=True):
-            log_q = mine.float().log_softmax(-1)
-            log_p = theirs[..., :vocab].float().log_softmax(-1)
-            p = log_p.exp()
-            total += F.kl_div(log_q[..., :vocab], log_p, reduction="sum", log_target=True)
-            log_q.exp_()[..., :vocab] -= p
-            out.copy_(log_q)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient), None
-
-
-def kl(student: Float[Tensor, "row time vocab"], teacher: Float[Tensor, "row time other"]) -> Float[Tensor, ""]:
-    """KL(teacher ‖ student) from logits, in nats summed over all positions; differentiable in the student."""
-    loss: Tensor = _Kl.apply(student, teacher)  # type: ignore[no-untyped-call]
-    return loss
 
 
 def likelihood(
@@ -128,7 +96,7 @@ def across(
         guess = (1 - EVEN) * guess + EVEN / guess.shape[-1]
     with torch.no_grad():
         theirs = teacher(input_ids=tokens, use_cache=False, guess=guess).logits
-    return kl(student, theirs) if kind == "distribution" else likelihood(student, theirs, tokens)
+    return kl(student, theirs).sum() if kind == "distribution" else likelihood(student, theirs, tokens)
 
 
 class Batches:

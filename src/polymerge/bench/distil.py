@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from polymerge.bench.answers import Weights, answers, measure
 from polymerge.bench.train import copy, to
+from polymerge.divergence import kl
 from polymerge.model.spec import Spec
 from polymerge.teachers import uses_bfloat16
 
@@ -102,10 +102,10 @@ def _run(
             group["lr"] = lr * min(done / settings.warmup, (1 - done) / (1 - settings.warmup) + 1e-3)
         drawn = [(x, torch.randint(len(x.rows), (share,), generator=generator)) for x in lessons.values()]
         rows = torch.cat([x.rows[i] for x, i in drawn]).to(device)
-        goal = torch.cat([x.logits[i] for x, i in drawn]).to(device).log_softmax(-1)
+        goal = torch.cat([x.logits[i] for x, i in drawn]).to(device)
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             logits = answers(spec, moved, rows)
-        loss = F.kl_div(logits.float().log_softmax(-1), goal, log_target=True, reduction="batchmean")
+        loss = kl(logits, goal).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flat, 1.0)

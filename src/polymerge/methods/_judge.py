@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polymerge.divergence import kl
+
 if TYPE_CHECKING:
     from polymerge.methods._layers import LayerFold
 
@@ -48,9 +50,8 @@ def nats(fold: "LayerFold", rows: Tensor, seen: Tensor, head: Tensor) -> Tensor:
     """KL(owner ‖ target) in nats (row,), mean over scored positions; `seen` (row, time, width): the normed stream."""
     scored = fold.texts.scored
     with torch.no_grad():
-        goal = fold.teacher(rows)[:, scored].log_softmax(-1)
-    ours = F.linear(seen[:, scored], head).log_softmax(-1)
-    return F.kl_div(ours, goal, log_target=True, reduction="none").sum(-1).mean(-1)
+        goal = fold.teacher(rows)[:, scored]
+    return kl(F.linear(seen[:, scored], head), goal).mean(-1)
 
 
 def _held_out(fold: "LayerFold") -> tuple[Tensor, ...]:
