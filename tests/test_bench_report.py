@@ -14,7 +14,7 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import axes, board, overview, reach
+from polymerge.bench import axes, board, overview, reach, scarce
 from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
 from polymerge.errors import OutputError
@@ -242,7 +242,8 @@ def test_curves_are_those_of_the_rows():
     assert steps == list(range(100, 1300, 100))
     assert values == [p["val_loss"] for p in expert[0].extra["curve"]]
     cross = [r for r in rows if r.method == "fold"]
-    assert bench_figures.size_points(cross)["fold"] == ([0.6, 0.9], pytest.approx([0.69, 0.79]))
+    found = bench_figures.points(cross, lambda r: r.budget, lambda r: r.parameters / 1e6)
+    assert found["fold"] == ([0.6, 0.9], pytest.approx([0.69, 0.79]))
 
 
 def test_step_val_acc_99_is_not_marked_where_it_was_not_reached():
@@ -337,6 +338,37 @@ def test_how_long_the_control_takes_to_be_where_ours_is():
     assert reach.TITLE in board.write(rows)
 
 
+def little(text: int | None, method: str, worst: float, seed: int = 0) -> Row:
+    row = of_axis("", method, worst, setting={"heal": {"experts": ["a", "b/seed"], "text": text}})
+    return replace(row, case=f"a+b/text-{text}/sum", seed=seed)
+
+
+def test_little_text_is_a_table_and_a_figure_of_each_pair():
+    rows = [little(n, m, 2.0 + x * n / 2048) for n in (2048, 8192) for m, x in (("fold", 0.5), ("zipit", 0.25))]
+    rows += [
+        little(2048, "fold", 2.7, seed=1),
+        little(None, "fold", 2.1),
+        replace(little(2048, "union", 2.0), status="cannot", worst=None),
+    ]
+    [table] = scarce.tables([*rows, of_axis("seed", "fold", 2.4)])
+    assert table.title == "Little text: a + b/seed, sum (full)"
+    assert table.head == ["method", "group", "2,048", "8,192", "all"]
+    assert table.lines == [["zipit", "rival", "0.2500", "1.0000", "–"], ["fold", "ours", "0.6000", "2.0000", "0.1000"]]
+    assert table.cannot == [["union", "ours", "–", "–", "–"]]
+    assert scarce.TITLE in board.write(rows)
+    drawn = {tuple(line.get_xdata()): list(line.get_ydata()) for line in bench_figures.texts(rows).axes[0].get_lines()}
+    assert set(drawn) == {(2048.0, 8192.0)}
+    assert bench_figures.texts([of_axis("seed", "fold", 2.4)]) is None
+
+
+def test_the_leaderboard_tells_of_several_cases_and_its_pages_of_each():
+    rows = made()
+    told, pages = board.write(rows, {"modular": "cases/modular.md"}), board.write_cases(rows)
+    assert "[modular](cases/modular.md)" in told
+    assert "--case cross/a+b/all/sum --methods" not in told
+    assert all(f"`{r.command}`" in pages["modular"] for r in rows if r.seed and r.method != "expert")
+
+
 def test_rows_of_several_files_and_folders_are_one_page(tmp_path):
     for name, row in (("x", of_axis("seed", "fold", 2.3)), ("y", of_axis("seed", "union", 2.0))):
         Store(tmp_path / "rows", f"{name}.jsonl").append(row)
@@ -357,4 +389,8 @@ def test_rows_of_several_files_and_folders_are_one_page(tmp_path):
 
 def test_the_committed_leaderboard_is_that_of_the_committed_rows():
     root = COMMITTED.parents[2]
-    assert board.write(gather([COMMITTED.parent])) == (root / "LEADERBOARD.md").read_text(encoding="utf-8")
+    rows = gather([COMMITTED.parent])
+    links = {suite: f"examples/results/{suite}.md" for suite in ("modular", "text")}
+    assert board.write(rows, links) == (root / "LEADERBOARD.md").read_text(encoding="utf-8")
+    for suite, text in board.write_cases(rows).items():
+        assert text == (root / links[suite]).read_text(encoding="utf-8")

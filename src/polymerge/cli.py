@@ -286,7 +286,7 @@ def bench(
     epilog=(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge report out/demo/summary.json page.html[/]  the page of a merge\n\n"
-        "[cyan]polymerge report out/bench[/]  writes out/bench/LEADERBOARD.md and out/bench/report.html\n\n"
+        "[cyan]polymerge report out/bench[/]  writes LEADERBOARD.md, pages of cases and report.html there\n\n"
         "[cyan]polymerge report a.jsonl b.jsonl --out out[/]  the rows of several benchmarks on one page"
     )
 )
@@ -300,13 +300,14 @@ def report(
     ],
     *,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of a benchmark's report.html; default that of the first rows.")
+        Path | None,
+        typer.Option(help="Folder of a benchmark's report.html and pages of cases; default that of the first rows."),
     ] = None,
     leaderboard: Annotated[
         Path | None, typer.Option(help="Where a benchmark's leaderboard goes; default LEADERBOARD.md there.")
     ] = None,
 ) -> None:
-    """Draw the page of a finished merge, or the leaderboard (LEADERBOARD.md, report.html) of benchmarks' rows."""
+    """Draw the page of a finished merge, or the leaderboard, its pages of cases and report.html of benchmarks' rows."""
     if places[0].suffix != ".json":
         from polymerge import bench as package
 

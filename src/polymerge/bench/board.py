@@ -1,4 +1,4 @@
-"""LEADERBOARD.md, from rows alone: the same rows give the same bytes, whatever order they were written in."""
+"""LEADERBOARD.md and the pages of its cases, from rows alone: the same rows, in any order, give the same bytes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,11 @@ SEVERAL = ("union", "ensemble")
 
 @dataclass(frozen=True)
 class Table:
-    """A table with what is said above it. `cannot`: lines that stay last; `groups`: rows that have curves, by case."""
+    """A table with what is said above it.
+
+    `cannot`: lines that stay last; `groups`: rows that have curves, by case; `one`: of one case, every row's command
+    with it, and so not on the leaderboard but on a page of cases.
+    """
 
     title: str
     about: str
@@ -33,6 +37,7 @@ class Table:
     lines: Sequence[Sequence[str]]
     cannot: Sequence[Sequence[str]] = ()
     groups: Sequence[tuple[str, Sequence[Row]]] = ()
+    one: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,37 @@ class Section:
     tables: Sequence[Table]
 
 
-def write(rows: Sequence[Row]) -> str:
-    """The whole page as Markdown."""
+def write(rows: Sequence[Row], pages: Mapping[str, str] | None = None) -> str:
+    """The leaderboard as Markdown: what is told of several cases; `pages`: where each suite's cases are, one by one."""
     parts = ["# Leaderboard", preface(rows)]
+    if pages:
+        where = " and ".join(f"[{suite}]({page})" for suite, page in pages.items())
+        parts.append(f"Every row, with the command that makes it again, is in the pages of the suites: {where}.")
     if lines := behind(rows):
         parts += [f"## {BEHIND}", "\n".join(f"- {line}" for line in lines)]
     for section in sections(rows):
-        parts += [f"## {section.title}", section.about]
-        for table in section.tables:
-            parts += [text for text in (table.title and f"### {table.title}", table.about) if text]
-            parts.append(_markdown(table))
+        parts += _written(section, [table for table in section.tables if not table.one])
     return "\n\n".join(parts) + "\n"
+
+
+def write_cases(rows: Sequence[Row]) -> dict[str, str]:
+    """The cases of each suite, one by one, every row with its command, as Markdown."""
+    made = {}
+    for suite, some in by(rows, "suite"):
+        parts = [f"# Cases of {suite}", "Made from the rows by `polymerge report`; edit nothing here."]
+        for section in sections(some):
+            parts += _written(section, [table for table in section.tables if table.one])
+        made[suite] = "\n\n".join(parts) + "\n"
+    return made
+
+
+def _written(section: Section, tables: Sequence[Table]) -> list[str]:
+    """A section's paragraphs with some of its tables; none without tables."""
+    parts = [f"## {section.title}", section.about] if tables else []
+    for table in tables:
+        parts += [text for text in (table.title and f"### {table.title}", table.about) if text]
+        parts.append(_markdown(table))
+    return parts
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:
@@ -74,9 +99,10 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     if cross:
         made.append(Section("Modular arithmetic: several tasks in one model", CROSS, _per_case(cross)))
     if text := [r for r in rows if r.suite == "text"]:
-        from polymerge.bench import axes, reach
+        from polymerge.bench import axes, reach, scarce
 
-        made.append(Section("Text", TEXT, [*reach.tables(text), *axes.tables(text), *_per_case(text)]))
+        some = [*reach.tables(text), *axes.tables(text), *scarce.tables(text)]
+        made.append(Section("Text", TEXT, [*some, *_per_case(text)]))
     return [Section(s.title, s.about, [t for t in s.tables if t.lines or t.cannot]) for s in made]
 
 
@@ -208,7 +234,7 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
         line += [figure([r.gap_closed for r in done], 2), *cost(done), _notes(some), command]
         good.append((-up * (_average(map(judged, done)) or 0.0), name, line))
     lines = [line for _, _, line in sorted(good, key=lambda item: item[:2])]
-    return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)])
+    return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)], one=True)
 
 
 def _notes(rows: Sequence[Row]) -> str:

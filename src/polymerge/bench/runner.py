@@ -1,7 +1,7 @@
 """Runs the cells of a suite (case × seed × method) that a folder has no row of yet, and writes one row for each.
 
 run("modular", "quick", "out/bench")      # kill it, run it again: it goes on with the next cell
-report("out/bench")                       # LEADERBOARD.md and report.html, from the rows alone
+report("out/bench")                       # LEADERBOARD.md, pages of cases and report.html, from the rows alone
 """
 
 import os
@@ -104,11 +104,11 @@ def workers(device: str) -> int:
 def report(
     places: Path | str | Sequence[Path | str], out: Path | str | None = None, leaderboard: Path | str | None = None
 ) -> tuple[Path, Path]:
-    """Write the leaderboard and report.html from rows alone; returns both paths.
+    """Write the leaderboard, the pages of its cases and report.html from rows alone; returns its path and the last one.
 
     Args:
         places: folders of benchmarks, or files of rows (`*.jsonl`).
-        out: folder of report.html; default the first of the places, or its folder.
+        out: folder of report.html and of a page for each suite's cases; default the first of the places, or its folder.
         leaderboard: where that goes; default LEADERBOARD.md in `out`.
 
     Raises OutputError: no rows there, or files that cannot be read or written.
@@ -123,6 +123,10 @@ def report(
     if not rows:
         said = ", ".join(map(str, places))
         raise OutputError(f"{said}: no rows of a benchmark; run `polymerge bench` first")
-    for path, text in zip(paths, (board.write(rows), bench.page(rows)), strict=True):
-        page.save(path, text)
+    cases = board.write_cases(rows)
+    links = {suite: os.path.relpath(out / f"{suite}.md", paths[0].parent) for suite in cases}
+    page.save(paths[0], board.write(rows, links))
+    page.save(paths[1], bench.page(rows))
+    for suite, text in cases.items():
+        page.save(out / f"{suite}.md", text)
     return paths

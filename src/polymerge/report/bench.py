@@ -25,6 +25,10 @@ SIZES = (
     "Score of the worst skill against size, for cases that differ in their budget only; up is better. The anchor alone"
     " and the placebo are left out."
 )
+TEXTS = (
+    "Score of the worst skill against the different tokens of each skill that a method may read; up is better. The"
+    " anchor alone and the placebo are left out."
+)
 HEALING = "The worst skill on validation data while distilling, at the learning rate that was chosen; the ring is kept."
 TRAINING = "Training from scratch, a line for each seed; dashed: step_val_acc_99."
 
@@ -37,6 +41,7 @@ def page(rows: Sequence[Row]) -> str:
     parts = [(board.BEHIND, f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else "")]
     parts.append(("Every case and method", _drawn([(f"{s}: cases by methods", draw.heat(r)) for s, r in suites], HEAT)))
     parts.append(("Size and skill", _drawn([(f"{s}: size and skill", draw.sizes(r)) for s, r in suites], SIZES)))
+    parts.append(("Text and skill", _drawn([(f"{s}: text and skill", draw.texts(r)) for s, r in suites], TEXTS)))
     parts += [(section.title, _section(section)) for section in board.sections(rows)]
     done = [r for r in rows if r.status == "ok"]
     counts: dict[str, set[Any]] = {

@@ -3,7 +3,7 @@
 Every method has one colour in all of them: ours blue and green, the distilled controls orange, all else grey.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
-from polymerge.bench import board
+from polymerge.bench import board, scarce
 from polymerge.bench.board import by, name_of
 from polymerge.bench.methods import known
 from polymerge.bench.rows import Row, judged
@@ -84,16 +84,33 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
             measured = [r for r in group if r.worst is not None and r.parameters]
             groups.setdefault(title.replace(f"/{budget}", "", 1), []).extend(measured)
     shown = {name: group for name, group in groups.items() if len({r.budget for r in group}) > 1}
+    return _panels(shown, lambda r: r.budget, lambda r: (r.parameters or 0) / 1e6, "million parameters")
+
+
+def texts(rows: Sequence[Row]) -> Figure | None:
+    """Different tokens of each skill against the worst skill: a panel for each pair that has cases of little text."""
+    every = scarce.groups(rows)
+    shown = {name: [r for r in group if scarce.tokens(r) and r.worst is not None] for name, group in every}
+    figure = _panels(shown, lambda r: r.case, lambda r: float(scarce.tokens(r) or 0), "different tokens of each skill")
+    for axes in figure.axes if figure else ():
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def _panels(
+    shown: Mapping[str, Sequence[Row]], same: Callable[[Row], str], at: Callable[[Row], float], label: str
+) -> Figure | None:
+    """A line for each method in each panel, a point for all rows of the `same` thing; None without panels."""
     if not shown:
         return None
     figure, panels = _grid(len(shown))
     for axes, (name, group) in zip(panels, shown.items(), strict=True):
         axes.set_title(name, size=_SIZE, color=INK, loc="left")
-        for method, points in size_points(group).items():
-            x, y = points
+        for method, (x, y) in points(group, same, at).items():
             mark: dict[str, Any] = {"markersize": 4.0, "linewidth": 1.6 if method in COLOURS else 0.8}
             axes.plot(x, y, "-o", color=COLOURS.get(method, FAINT), label=_legend(method), **mark)
-        axes.set_xlabel("million parameters", color=FAINT, size=_SIZE)
+        axes.set_xlabel(label, color=FAINT, size=_SIZE)
         axes.set_ylabel("worst skill, " + _UNITS.get(group[0].metric, group[0].metric), color=FAINT, size=_SIZE)
         if group[0].metric != "accuracy":
             axes.invert_yaxis()
@@ -101,19 +118,17 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def size_points(group: Sequence[Row]) -> dict[str, Curve]:
-    """Method -> (millions of parameters, worst skill), by size; means over seeds at each budget."""
+def points(group: Sequence[Row], same: Callable[[Row], str], at: Callable[[Row], float]) -> dict[str, Curve]:
+    """Method -> (place, worst skill), in order of place; means over seeds of what is the `same`."""
     found: dict[str, Curve] = {}
     for method, some in by(group, "method"):
         if method in ("anchor", "placebo"):
             continue  # the first is every case's floor, the second is far below it: both would squeeze the rest
-        points = sorted(
-            {
-                (mean(r.parameters or 0 for r in part) / 1e6, mean(judged(r) or 0.0 for r in part))
-                for _, part in by(some, "budget")
-            }
-        )
-        found[method] = ([x for x, _ in points], [y for _, y in points])
+        parts: dict[str, list[Row]] = {}
+        for row in some:
+            parts.setdefault(same(row), []).append(row)
+        places = sorted((mean(map(at, part)), mean(judged(r) or 0.0 for r in part)) for part in parts.values())
+        found[method] = ([x for x, _ in places], [y for _, y in places])
     return found
 
 

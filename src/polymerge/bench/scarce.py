@@ -1,0 +1,53 @@
+"""The table of little text: the same experts and size, and ever fewer different tokens of each skill to merge by."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from polymerge.bench import board, methods
+from polymerge.bench.rows import Row, judged
+
+TITLE = "Little text"
+ABOUT = (
+    "Worst skill, bits per byte over its owner (means over seeds), when a method may read so many different tokens of"
+    " each skill, as often as it likes; *all*: what it reads elsewhere on this page. Rates and settings are chosen on"
+    " the same validation text everywhere."
+)
+
+
+def tokens(row: Row) -> int | None:
+    """Different tokens of each skill that a row's method may read; None: all."""
+    given: int | None = row.setting.get("heal", {}).get("text")
+    return given
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each pair, profile and budget that has cases of little text, under a title."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda r: r.key):
+        if experts := row.setting.get("heal", {}).get("experts"):
+            found.setdefault((row.profile, row.budget, *experts), []).append(row)
+    named = {"{2} + {3}, {1} ({0})".format(*key): some for key, some in found.items() if any(map(tokens, some))}
+    return sorted(named.items())
+
+
+def tables(rows: Sequence[Row]) -> list["board.Table"]:
+    """A table for each of the groups, a line for each method; best first where there is least text."""
+    made = []
+    about = {name: group for name, (group, _) in methods.known().items()}
+    for title, some in groups(rows):
+        counts = sorted({n for r in some if (n := tokens(r))})
+        lines, cannot = [], []
+        for method, its in board.by(some, "method"):
+            scores = [
+                mean(known) if (known := [s for r in its if tokens(r) == n and (s := judged(r)) is not None]) else None
+                for n in (*counts, None)
+            ]
+            first = [board.name_of(method), about.get(method, "rival")]
+            line = [*first, *("–" if s is None else f"{s:.4f}" for s in scores)]
+            if scores[0] is None:
+                cannot.append(line)
+            else:
+                lines.append((scores[0], method, line))
+        head = ["method", "group", *(f"{n:,}" for n in counts), "all"]
+        made.append(board.Table(f"{TITLE}: {title}", ABOUT, head, [line for *_, line in sorted(lines)], cannot))
+    return made
