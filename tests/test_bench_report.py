@@ -361,11 +361,14 @@ def test_little_text_is_a_table_and_a_figure_of_each_pair():
     assert bench_figures.texts([of_axis("seed", "fold", 2.4)]) is None
 
 
-def test_the_leaderboard_tells_of_several_cases_and_its_pages_of_each():
+def test_many_cases_are_told_on_pages_of_their_own(monkeypatch):
     rows = made()
+    assert board.write_cases(rows) == {}
+    assert "--case cross/a+b/all/sum --seeds" in board.write(rows)
+    monkeypatch.setattr(board, "FEW", 1)
     told, pages = board.write(rows, {"modular": "cases/modular.md"}), board.write_cases(rows)
     assert "[modular](cases/modular.md)" in told
-    assert "--case cross/a+b/all/sum --methods" not in told
+    assert "--case cross/a+b/all/sum --seeds" not in told
     assert all(f"`{r.command}`" in pages["modular"] for r in rows if r.seed and r.method != "expert")
 
 

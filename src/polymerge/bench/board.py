@@ -28,7 +28,7 @@ class Table:
     """A table with what is said above it.
 
     `cannot`: lines that stay last; `groups`: rows that have curves, by case; `one`: of one case, every row's command
-    with it, and so not on the leaderboard but on a page of cases.
+    with it: on a page of its own suite where there are many.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Section:
 
 
 def write(rows: Sequence[Row], pages: Mapping[str, str] | None = None) -> str:
-    """The leaderboard as Markdown: what is told of several cases; `pages`: where each suite's cases are, one by one."""
+    """The leaderboard as Markdown; `pages`: where each suite's cases are, one by one, if they are not in it."""
     parts = ["# Leaderboard", preface(rows)]
     if pages:
         where = " and ".join(f"[{suite}]({page})" for suite, page in pages.items())
@@ -58,13 +58,18 @@ def write(rows: Sequence[Row], pages: Mapping[str, str] | None = None) -> str:
     if lines := behind(rows):
         parts += [f"## {BEHIND}", "\n".join(f"- {line}" for line in lines)]
     for section in sections(rows):
-        parts += _written(section, [table for table in section.tables if not table.one])
+        parts += _written(section, [table for table in section.tables if not (pages and table.one)])
     return "\n\n".join(parts) + "\n"
 
 
 def write_cases(rows: Sequence[Row]) -> dict[str, str]:
-    """The cases of each suite, one by one, every row with its command, as Markdown."""
-    made = {}
+    """The cases of each suite, one by one, every row with its command, as Markdown; none where the leaderboard can.
+
+    Few of them are told there: it shall be no longer than what people read and sites show.
+    """
+    made: dict[str, str] = {}
+    if len(cases(rows)) <= FEW:
+        return made
     for suite, some in by(rows, "suite"):
         parts = [f"# Cases of {suite}", "Made from the rows by `polymerge report`; edit nothing here."]
         for section in sections(some):
@@ -106,6 +111,8 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     return [Section(s.title, s.about, [t for t in s.tables if t.lines or t.cannot]) for s in made]
 
 
+FEW = 12
+"""Cases that a leaderboard tells one by one."""
 BEHIND = "Where ours does not win (worst skill; bits per byte over its owner)"
 QUICK = (
     "The quick profile has one seed, one pair of tasks of the six, one kind of difference of the four, one size of"
