@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from polymerge.bench import text_experts
-from polymerge.bench.methods import Case
+from polymerge.bench.methods import Case, known
 from polymerge.calibrate.packing import Rows
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
@@ -68,6 +68,8 @@ LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 SCARCE = (2_048, 8_192, 32_768)
+ABOUT_WEIGHTS = ("placebo", "shrink")
+"""Controls that say what the other experts' weights are worth: nothing that depends on how much text there is."""
 MORE = (
     ("shakespeare", "python/all", "gsm8k"),
     ("stories", "rust", "wiki"),
@@ -102,7 +104,8 @@ def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
 def _scarce(names: tuple[str, ...], text: int) -> Case:
     """A case of trained experts with so little text of each skill."""
     case = _trained(names, "sum", f"text-{text // 1024}k")
-    return replace(case, protocol="scarce", detail=replace(case.detail, axis="", text=text))
+    methods = tuple(name for name in known() if name not in ("expert", *ABOUT_WEIGHTS))
+    return replace(case, protocol="scarce", detail=replace(case.detail, axis="", text=text), methods=methods)
 
 
 def lacking(case: Case, texts: Path | None) -> str:
