@@ -7,7 +7,8 @@
 `size`: the fold alone, from the larger expert's size to both experts side by side. `tokens`: the same 100 k tokens of
 healing, but only so many of them different; the fold is made from those as well, and the padded anchor is distilled on
 them. `--write`: each expert adds so many tokens of its own writing to both. Bits per byte over each skill's owner, test
-text; rates as `floors.py` chose them. About five CPU minutes for each size and each number of tokens.
+text; the rate is `heal`'s own for the fold, and for the anchor what `floors.py` chose. About five CPU minutes for each
+size and each number of tokens.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from polymerge.model.target import load_student
 SIZES = ("1.0x", "1.2x", "1.4x", "1.6x", "sum", "2.2x", "2.6x", "union")
 TOKENS = (2_048, 8_192, 32_768)
 HEALING = 100_000
-RATES = {"fold": 2e-3, "anchor": 4e-3}
+RATES = {"fold": Heal(tokens=HEALING).peak, "anchor": 4e-3}
 
 
 def main() -> None:
