@@ -26,8 +26,11 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     for row in sorted(rows, key=lambda r: r.key):
         if experts := row.setting.get("heal", {}).get("experts"):
             found.setdefault((row.profile, row.budget, *experts), []).append(row)
-    named = {"{2} + {3}, {1} ({0})".format(*key): some for key, some in found.items() if any(map(tokens, some))}
-    return sorted(named.items())
+    return sorted(
+        (f"{' + '.join(experts)}, {budget} ({profile})", some)
+        for (profile, budget, *experts), some in found.items()
+        if any(map(tokens, some))
+    )
 
 
 def tables(rows: Sequence[Row]) -> list["board.Table"]:
