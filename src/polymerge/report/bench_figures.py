@@ -89,8 +89,8 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
 
 def texts(rows: Sequence[Row]) -> Figure | None:
     """Different tokens of each skill against the worst skill: a panel for each pair that has cases of little text."""
-    every = scarce.groups(rows)
-    shown = {name: [r for r in group if scarce.tokens(r) and r.worst is not None] for name, group in every}
+    groups = {name: [r for r in some if scarce.tokens(r) and r.worst is not None] for name, some in scarce.groups(rows)}
+    shown = {name: group for name, group in groups.items() if len(set(map(scarce.tokens, group))) > 1}
     figure = _panels(shown, lambda r: r.case, lambda r: float(scarce.tokens(r) or 0), "different tokens of each skill")
     for axes in figure.axes if figure else ():
         axes.set_xscale("log", base=2)
