@@ -235,6 +235,19 @@ def test_refinement_lowers_the_held_out_loss(save_model, tmp_path):
     assert divergence(refined, pair, data) < divergence(plain, pair, data)
 
 
+def test_few_texts_are_gone_over_a_few_times_only(save_model, tmp_path, monkeypatch):
+    one = expert(save_model, tmp_path / "a")
+    family, (target,) = shape([one])
+    data = texts(1)  # 40 fitted rows
+    taken: list[int] = []
+    monkeypatch.setattr(_refine, "_descend", lambda _fold, _params, _loss, steps, _peak: taken.append(steps))
+    refine = Refine(steps=50, rows=5, head_steps=70, passes=2.0)
+    folded_logits([one], family, target, data, refine=refine)
+    assert set(taken) == {16, 3 * 16}  # blocks and head; the last block with the head
+    assert [replace(refine, passes=p).most(50, 32) for p in (0.1, 5.0, 8.0, math.inf)] == [1, 32, 50, 50]
+    assert folding.Settings.of(recipe.Fold()).refine.passes == folding.PASSES
+
+
 def test_refinement_at_a_ruinous_rate_leaves_an_exact_fold_as_it_is(save_model, tmp_path):
     one = expert(save_model, tmp_path / "a")
     family, (target,) = shape([one])

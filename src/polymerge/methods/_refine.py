@@ -9,6 +9,7 @@ Adam's first steps move every weight by the rate, whatever the gradient, so a ra
 down ruins one that was solved exactly. Such a descent is taken back and tried again at a fifth of the rate.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +35,21 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Refine:
-    """`steps` of `rows` texts per block at peak rate `lr`, and `head_steps` at `head_lr` for the head; 0: none."""
+    """`steps` of `rows` texts per block at peak rate `lr`, and `head_steps` at `head_lr` for the head; 0: none.
+
+    Fewer where they would go over the fitted texts more than `passes` times: few texts are soon known by heart.
+    """
 
     steps: int = 60
     rows: int = 16
     lr: float = 1e-3
     head_steps: int = 60
     head_lr: float = 1e-3
+    passes: float = math.inf
+
+    def most(self, steps: int, texts: int) -> int:
+        """Of so many steps, those that so many texts are good for."""
+        return math.ceil(min(steps, self.passes * texts / self.rows))
 
 
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,7 +66,7 @@ def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict
             total = total + fold.balance[k] * error
         return total
 
-    return _refined(fold, weights, loss, fold.refine.steps)
+    return _refined(fold, weights, loss, _steps(fold, fold.refine.steps))
 
 
 def head(fold: "LayerFold", weight: Tensor) -> Tensor:
@@ -69,7 +78,7 @@ def head(fold: "LayerFold", weight: Tensor) -> Tensor:
             seen = fold.normalised(rows)
         return _judge.nats(fold, rows, seen, moved).mean()
 
-    _descend(fold, [moved], loss, fold.refine.head_steps, fold.refine.head_lr)
+    _descend(fold, [moved], loss, _steps(fold, fold.refine.head_steps), fold.refine.head_lr)
     return moved.detach()
 
 
@@ -88,7 +97,7 @@ def ending(
         nats = _judge.nats(fold, rows, decoder.rms(out, fold.target.eps), params["head.weight"])
         return (nats * say[fold.texts.owner[rows]].to(nats)).mean()
 
-    found = _refined(fold, weights | {"head.weight": head}, loss, LAST * fold.refine.steps)
+    found = _refined(fold, weights | {"head.weight": head}, loss, LAST * _steps(fold, fold.refine.steps))
     return found, found.pop("head.weight")
 
 
@@ -96,6 +105,10 @@ def balanced(lag: Sequence[float], most: float = TILT) -> tuple[float, ...]:
     """Weights by which lagging skills count more: the square of their excess over the least, at most `most`."""
     least = max(min(lag), 1e-3)
     return tuple(min(most, max(1.0, max(e, 0.0) ** 2 / least**2)) for e in lag)
+
+
+def _steps(fold: "LayerFold", asked: int) -> int:
+    return fold.refine.most(asked, int(fold.texts.fit.sum()))
 
 
 def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ BALANCE_MOST = 4.0
 """What one expert gains by more is less than what the others lose."""
 BETTER = 0.99
 """A trial's gain below a hundredth is within the noise of so few rows."""
+PASSES = 16.0
+"""Over the calibration texts at most, in refining a block: more gain nothing, or learn little text by heart."""
 GRIDS: dict[str, tuple[Any, ...]] = {
     "hosts": ("centred",),
     "even": (0.5, 1.0),
@@ -91,7 +93,7 @@ class Settings:
     def of(cls, asked: Fold) -> "Settings":
         """What a recipe asks for."""
         given = {name: getattr(asked, name) for name in GRIDS if getattr(asked, name) is not None}
-        refine = Refine(steps=asked.refine, lr=asked.refine_lr, head_steps=asked.refine)
+        refine = Refine(steps=asked.refine, lr=asked.refine_lr, head_steps=asked.refine, passes=PASSES)
         return cls(given, refine, Trials() if asked.trials else None)
 
 
@@ -205,7 +207,7 @@ def choose(
         return shares, [depth.spread(e.spec.layers, spec.layers, knobs.hosts) for e in experts]
 
     few = texts.subset(plan.rows, plan.held_out)
-    closed = replace(settings.refine, steps=0, head_steps=plan.head_steps)
+    closed = replace(settings.refine, steps=0, head_steps=plan.head_steps, passes=math.inf)
     target, knobs, _ = search(shapes, knobs, free, lambda spec, other: tried(spec, other, few, closed), dealt)
     more = texts.subset(plan.refined(len(experts)), plan.refined_held_out)
     refined = replace(closed, steps=min(plan.steps, settings.refine.steps))

@@ -92,7 +92,7 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     settings = Settings.of(recipe.fold)
     tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
     refined = min(3, len(plan.shapes))  # the one that few rows chose, and a neighbour on each side
-    trials, steps = 0, recipe.fold.refine
+    trials, steps = 0, settings.refine.most(recipe.fold.refine, tokens // recipe.fold.length)
     if k > 1 and tried is not None:
         rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
         rows += refined * (tried.refined(k) + tried.refined_held_out)
