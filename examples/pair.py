@@ -11,7 +11,7 @@ import torch
 from polymerge import families, plan, recipe, record
 from polymerge import heal as healing
 from polymerge.bench.methods import holding
-from polymerge.calibrate.texts import read_skill
+from polymerge.calibrate.texts import first, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.written import with_written
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -55,21 +55,14 @@ class Pair:
         self.tokenizer = load_tokenizer(EXPERTS["prose"])
         if write:
             for name, source in self.sources.items():
-                few = replace(self.skills[name], calibration=self._first(self.skills[name].calibration, tokens))
+                few = self.skills[name]
+                if tokens:
+                    few = replace(few, calibration=first(few.calibration, self.tokenizer, tokens))
                 self.skills[name] = with_written(few, name, source, self.tokenizer, write, seed=seed)
             self.tokens = None
         self.rows = None if self.tokens is None else self.tokens // LENGTH
         self.test = rows_of(self.skills, "test", self.tokenizer, LENGTH, TEST_ROWS)
         self.owners = measure_experts(self.sources, self.test, 0.01, Quiet())
-
-    def _first(self, documents: list[str], tokens: int | None) -> list[str]:
-        """The documents' first tokens, as texts."""
-        kept, left = [], tokens or sum(map(len, documents))
-        for document in documents:
-            ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][:left]
-            left -= len(ids)
-            kept += [self.tokenizer.decode(ids)] if ids else []
-        return kept
 
     def fold(self, size: Any) -> Start:
         """The pair folded at a size as a recipe gives it (its `params` or the whole key)."""

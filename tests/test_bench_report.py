@@ -338,8 +338,9 @@ def test_how_long_the_control_takes_to_be_where_ours_is():
     assert reach.TITLE in board.write(rows)
 
 
-def little(text: int | None, method: str, worst: float, seed: int = 0) -> Row:
-    row = of_axis("", method, worst, setting={"heal": {"experts": ["a", "b/seed"], "text": text}})
+def little(text: int | None, method: str, worst: float, seed: int = 0, written: bool = False) -> Row:
+    heal = {"experts": ["a", "b/seed"], "text": text, "written": written}
+    row = of_axis("", method, worst, setting={"heal": heal})
     return replace(row, case=f"a+b/text-{text}/sum", seed=seed)
 
 
@@ -348,13 +349,15 @@ def test_little_text_is_a_table_and_a_figure_of_each_pair():
     rows += [
         little(2048, "fold", 2.7, seed=1),
         little(None, "fold", 2.1),
+        little(2048, "fold", 2.3, written=True),
         replace(little(2048, "union", 2.0), status="cannot", worst=None),
     ]
     [table] = scarce.tables([*rows, of_axis("seed", "fold", 2.4)])
     assert table.title == "Little text: a + b/seed, sum (full)"
-    assert table.head == ["method", "group", "2,048", "8,192", "all"]
-    assert table.lines == [["zipit", "rival", "0.2500", "1.0000", "–"], ["fold", "ours", "0.6000", "2.0000", "0.1000"]]
-    assert table.cannot == [["union", "ours", "–", "–", "–"]]
+    assert table.head == ["method", "group", "2,048", "2,048 + written", "8,192", "all"]
+    zipit, fold = ["0.2500", "–", "1.0000", "–"], ["0.6000", "0.3000", "2.0000", "0.1000"]
+    assert table.lines == [["zipit", "rival", *zipit], ["fold", "ours", *fold]]
+    assert table.cannot == [["union", "ours", "–", "–", "–", "–"]]
     assert scarce.TITLE in board.write(rows)
     drawn = {tuple(line.get_xdata()): list(line.get_ydata()) for line in bench_figures.texts(rows).axes[0].get_lines()}
     assert set(drawn) == {(2048.0, 8192.0)}

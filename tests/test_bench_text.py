@@ -12,8 +12,10 @@ from polymerge.bench import lm, text, text_bed, text_experts
 from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
+from polymerge.calibrate.texts import first
 from polymerge.errors import PreflightError
 from polymerge.model.source import Source
+from polymerge.model.target import load_student
 from polymerge.recipe import Fold
 
 FEW = text.Detail(heal_tokens=4096, lrs=(3e-4,), fold={"tokens": 2048, "refine": 0}, test_rows=8)
@@ -136,7 +138,7 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
     assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
     scarce = [d for d in medium.values() if d.text]
-    assert {d.text for d in scarce} == set(text.SCARCE)
+    assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
     assert len(scarce) == 2 * len(text.SCARCE)
     [quick] = text.cases("quick")
     assert quick.detail.fold["tokens"] < Fold().tokens
@@ -193,18 +195,42 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
     assert "common base model" in rows["mergekit_ties"].reason
 
 
-def test_with_little_text_no_method_reads_more(tmp_path, monkeypatch):
-    read: list[int] = []
+def bed_of(tmp_path, **detail: object) -> text_bed.TextBed:
+    return text_bed.TextBed(Case("prose+code/few/sum", "scarce", replace(FEW, **detail)), 0, tmp_path)
+
+
+def rows_distilled(bed: text_bed.TextBed, monkeypatch) -> dict[str, int]:
+    """Rows of each skill that a distilled method is given."""
+    read: dict[str, int] = {}
     monkeypatch.setattr(
         text_bed,
         "at_best_rate",
-        lambda _student, _teachers, rows, *_, **__: read.extend(map(len, (r.tokens for r in rows.values()))) or stop(),
+        lambda _student, _teachers, rows, *_, **__: read.update({k: len(r.tokens) for k, r in rows.items()}) or stop(),
     )
-    bed = text_bed.TextBed(Case("prose+code/text-1k/sum", "scarce", replace(FEW, text=1024)), 0, tmp_path)
-    assert bed.recipe.fold.tokens == 1024
     with pytest.raises(PreflightError):
         bed._distilled(lambda: None, bed.sources["prose"].spec)
-    assert read == [8, 8]
+    return read
+
+
+def test_with_little_text_no_method_reads_more(tmp_path, monkeypatch):
+    bed = bed_of(tmp_path, text=1024)
+    assert bed.recipe.fold.tokens == 1024
+    assert rows_distilled(bed, monkeypatch) == {"prose": 8, "code": 8}
+
+
+def test_what_experts_write_to_little_text_every_method_reads(tmp_path, monkeypatch):
+    whole = bed_of(tmp_path / "whole", text=None)
+    bed = bed_of(tmp_path / "written", text=1024, written=True)
+    assert bed.recipe.fold.tokens == FEW.fold["tokens"]
+    for name, skill in bed.texts.items():
+        real = skill.calibration[: -skill.written]
+        assert "".join(real) == "".join(first(whole.texts[name].calibration, bed.tokenizer, 1024))
+        assert (skill.validation, skill.test) == (whole.texts[name].validation, whole.texts[name].test)
+    assert min(rows_distilled(bed, monkeypatch).values()) >= FEW.fold["tokens"] // 128
+    folder, fold = bed._folded()
+    assert fold.scores == bed._measured(load_student(folder), bed._target()).scores
+    assert fold.flops > 0
+    assert set(fold.extra) == {"knobs", "balance", "trials"}
 
 
 @pytest.mark.slow

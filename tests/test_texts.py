@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import polymerge
 from polymerge.calibrate.files import cut
 from polymerge.calibrate.packing import token_bytes
-from polymerge.calibrate.texts import PARTS, Skill, adds_bos, pack, pairs, read_skill, shared_documents
+from polymerge.calibrate.texts import PARTS, Skill, adds_bos, first, pack, pairs, read_skill, shared_documents
 from polymerge.errors import TextError
 
 
@@ -285,6 +285,18 @@ def test_limit(tokenizer):
     some = pack(tokenizer, documents, 32, limit=7)
     assert torch.equal(some.tokens, whole.tokens[:7])
     assert len(pack(tokenizer, documents[:1], 32, limit=10**6).tokens) < 10**3
+
+
+def test_the_first_tokens_of_documents(tokenizer):
+    documents = ["one two three", "", "four five six seven"]
+    count = [len(tokenizer(d)["input_ids"]) for d in documents]
+    assert first(documents, tokenizer, 10_000) == ["one two three", "four five six seven"]
+    whole, part = first(documents, tokenizer, count[0] + 2)
+    assert whole == documents[0]
+    assert documents[2].startswith(part)
+    assert len(part) < len(documents[2])
+    assert first(documents, tokenizer, count[0]) == documents[:1]
+    assert first(documents, tokenizer, 0) == []
 
 
 def test_bos_starts_rows_and_documents():

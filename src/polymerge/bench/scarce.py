@@ -9,8 +9,9 @@ from polymerge.bench.rows import Row, judged
 TITLE = "Little text"
 ABOUT = (
     "Worst skill, bits per byte over its owner (means over seeds), when a method may read so many different tokens of"
-    " each skill, as often as it likes; *all*: what it reads elsewhere on this page. Rates and settings are chosen on"
-    " the same validation text everywhere."
+    " each skill, as often as it likes; *+ written*: and what each expert goes on to write, to as many tokens as a fold"
+    " reads by default; *all*: what it reads elsewhere on this page. Rates and settings are chosen on the same"
+    " validation text everywhere."
 )
 
 
@@ -18,6 +19,17 @@ def tokens(row: Row) -> int | None:
     """Different tokens of each skill that a row's method may read; None: all."""
     given: int | None = row.setting.get("heal", {}).get("text")
     return given
+
+
+def _text(row: Row) -> tuple[int, bool] | None:
+    """The same, and whether the experts write more; None: all."""
+    found = tokens(row)
+    return None if found is None else (found, written(row))
+
+
+def written(row: Row) -> bool:
+    """Whether the experts of a row's case write what its texts lack."""
+    return bool(row.setting.get("heal", {}).get("written"))
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -38,11 +50,11 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
     made = []
     about = {name: group for name, (group, _) in methods.known().items()}
     for title, some in groups(rows):
-        counts = sorted({n for r in some if (n := tokens(r))})
+        counts = sorted({n for r in some if (n := _text(r))})
         lines, cannot = [], []
         for method, its in board.by(some, "method"):
             scores = [
-                mean(known) if (known := [s for r in its if tokens(r) == n and (s := judged(r)) is not None]) else None
+                mean(known) if (known := [s for r in its if _text(r) == n and (s := judged(r)) is not None]) else None
                 for n in (*counts, None)
             ]
             first = [board.name_of(method), about.get(method, "rival")]
@@ -51,6 +63,6 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
                 cannot.append(line)
             else:
                 lines.append((scores[0], method, line))
-        head = ["method", "group", *(f"{n:,}" for n in counts), "all"]
+        head = ["method", "group", *(f"{n:,}{' + written' * more}" for n, more in counts), "all"]
         made.append(board.Table(f"{TITLE}: {title}", ABOUT, head, [line for *_, line in sorted(lines)], cannot))
     return made

@@ -39,6 +39,7 @@ class Detail:
         fold: as in a recipe.
         text: different tokens of each skill that a method may read; None: all that there are. What is chosen on
             validation text stays chosen on all of it, by every method alike.
+        written: each expert adds to these what a recipe's `write` adds by default, for every method alike.
         test_rows: most rows a skill is tested on.
     """
 
@@ -50,6 +51,7 @@ class Detail:
     lrs: tuple[float, ...] = (1e-3, 4e-3)
     fold: dict[str, Any] = field(default_factory=dict)
     text: int | None = None
+    written: bool = False
     test_rows: int = TEST_ROWS
 
     def size(self, parameters: int) -> Any:
@@ -67,7 +69,8 @@ LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
 """A fold that takes what 100 k tokens of healing take; where a million follow, a better one is not worth its price."""
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
-SCARCE = (2_048, 8_192, 32_768)
+SCARCE = ((2_048, False), (2_048, True), (8_192, False), (32_768, False))
+"""Tokens of real text, and whether the experts write more."""
 ABOUT_WEIGHTS = ("placebo", "shrink")
 """Controls that say what the other experts' weights are worth: nothing that depends on how much text there is."""
 MORE = (
@@ -87,7 +90,7 @@ def cases(profile: str) -> list[Case]:
     found += [_trained(names, budget) for names in (*PAIRS, *MORE) for budget in ("sum", "1.0x")]
     found += [_trained(("shakespeare/tuned", "python/tuned"), "1.0x", "base")]
     found += [_trained(("shakespeare/tuned", "python/wide-tuned"), "sum", "bases")]
-    found += [_scarce(names, text) for names in (("shakespeare", "python/seed"), ("rust", "wiki")) for text in SCARCE]
+    found += [_scarce(names, *few) for names in (("shakespeare", "python/seed"), ("rust", "wiki")) for few in SCARCE]
     if profile == "full":
         return found
     chosen = [case for case in found if case.detail.budget == "sum" or case.detail.axis == "base"]
@@ -101,11 +104,12 @@ def _trained(names: tuple[str, ...], budget: str, axis: str = "") -> Case:
     return Case(title, "text", Detail(names, domains[0], budget, axis, **FULL))
 
 
-def _scarce(names: tuple[str, ...], text: int) -> Case:
+def _scarce(names: tuple[str, ...], text: int, written: bool) -> Case:
     """A case of trained experts with so little text of each skill."""
-    case = _trained(names, "sum", f"text-{text // 1024}k")
+    case = _trained(names, "sum", f"text-{text // 1024}k{'-written' * written}")
     methods = tuple(name for name in known() if name not in ("expert", *ABOUT_WEIGHTS))
-    return replace(case, protocol="scarce", detail=replace(case.detail, axis="", text=text), methods=methods)
+    detail = replace(case.detail, axis="", text=text, written=written)
+    return replace(case, protocol="scarce", detail=detail, methods=methods)
 
 
 def lacking(case: Case, texts: Path | None) -> str:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
 from polymerge.bench.text import LEAN, Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
-from polymerge.calibrate.texts import read_skill
+from polymerge.calibrate.texts import Skill, first, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.calibrate.written import with_written
 from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal
@@ -53,6 +54,7 @@ class TextBed:
     ) -> None:
         self.detail: Detail = case.detail
         self.seed, self.device, self.progress, self.budget = seed, device, progress, self.detail.budget
+        self.limit = None if self.detail.written else self.detail.text  # what is written is read as well
         self.place = scratch
         found = given(self.detail, scratch, texts, seed, device, progress)
         self.sources = {name: Source(one.model, device=device) for name, one in found.items()}
@@ -61,11 +63,11 @@ class TextBed:
         self.recipe = recipe.parse({
             "method": "fold", "anchor": self.detail.anchor, "experts": {n: one.recipe for n, one in found.items()},
             "size": self.detail.size(sum(self.expert_parameters.values())),
-            "fold": self.detail.fold | ({"tokens": self.detail.text} if self.detail.text else {}),
+            "fold": self.detail.fold | ({"tokens": self.limit} if self.limit else {}),
             "dtype": "float32", "seed": seed,
         })  # fmt: skip
         self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
-        self.texts = {n: read_skill(n, e.text, field=e.field, seed=seed) for n, e in self.recipe.experts.items()}
+        self.texts = {n: self._skill(n, e) for n, e in self.recipe.experts.items()}
         self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
         with Products() as products:
             self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
@@ -206,19 +208,43 @@ class TextBed:
 
     # ------------------------------------------------------------------ parts
 
+    def _skill(self, name: str, expert: recipe.Expert) -> Skill:
+        """An expert's texts; with what it writes, in a case where it does."""
+        skill = read_skill(name, expert.text, field=expert.field, seed=self.seed)
+        if not self.detail.written:
+            return skill
+        assert self.detail.text is not None
+        self.progress(f"{name} writes")
+        few = replace(skill, calibration=first(skill.calibration, self.tokenizer, self.detail.text))
+        tokens = self.recipe.fold.tokens - self.detail.text
+        return with_written(few, name, self.sources[name], self.tokenizer, tokens, seed=self.seed)
+
     def _folded(self) -> tuple[Path, Outcome]:
         return self.shared.model("fold", self._fold)
 
     def _fold(self, folder: Path, asked: recipe.Recipe | None = None) -> Outcome:
         """The merge (None: the case's); of its operations those that only measure do not count."""
+        asked = asked or self.recipe
         self.progress("fold")
+        if self.detail.written:
+            return self._fold_texts(folder, asked)
         with Products() as products:
             listener = Until("test", products)
-            result = merge(asked or self.recipe, folder, device=self.device, progress=listener)
+            result = merge(asked, folder, device=self.device, progress=listener)
         extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
         scores = {skill: row["fold"] for skill, row in result.skills.items()}
         flops = (listener.flops or products.flops) - self.measuring
         return Outcome(scores, result.parameters, dict(result.shape), flops=flops, extra=extra)
+
+    def _fold_texts(self, folder: Path, asked: recipe.Recipe) -> Outcome:
+        """The same from the texts as they are here, which no file holds."""
+        specs = {name: s.spec for name, s in self.sources.items()}
+        shapes = plan.make(asked, specs, self.expert_parameters).shapes
+        choice, flops = self._plain(self.sources, self.texts, shapes, folder, asked)
+        outcome = self._measured(load_student(folder), choice.target)
+        outcome.flops = flops
+        outcome.extra = {"knobs": asdict(choice.knobs), "balance": choice.balance, "trials": choice.trials}
+        return outcome
 
     def _target(self) -> Spec:
         """The shape that the fold chose; the controls are given it for nothing."""
@@ -251,7 +277,7 @@ class TextBed:
     def _translate(self, name: str, target: Spec, folder: Path) -> Outcome:
         """One expert in the result's family."""
         shape = table.own_size(self.sources[name].spec, target, self.family)
-        flops = self._plain({name: self.sources[name]}, {name: self.texts[name]}, shape, folder)[1]
+        flops = self._plain({name: self.sources[name]}, {name: self.texts[name]}, [shape], folder)[1]
         return Outcome({name: bits_per_byte(load_student(folder), self.test[name], device=self.device)}, flops=flops)
 
     def _single(self, name: str) -> Outcome:
@@ -262,20 +288,26 @@ class TextBed:
     def _plain_fold(self, experts: Mapping[str, Source], skills: Mapping[str, Any]) -> Outcome:
         """The fold of these experts into the chosen shape."""
         folder = self._new("plain")
-        knobs, flops = self._plain(experts, skills, self._target(), folder)
-        outcome = self._measured(load_student(folder), self._target())
-        outcome.extra["knobs"], outcome.flops = knobs, flops
+        choice, flops = self._plain(experts, skills, [self._target()], folder)
+        outcome = self._measured(load_student(folder), choice.target)
+        outcome.extra["knobs"], outcome.flops = asdict(choice.knobs), flops
         return outcome
 
     def _plain(
-        self, experts: Mapping[str, Source], skills: Mapping[str, Any], target: Spec, folder: Path
-    ) -> tuple[dict[str, Any], int]:
-        """A fold of these experts into one shape, nothing else tried, written to a folder: its knobs and operations."""
-        texts = calibrate(self.recipe, experts, skills, self.tokenizer, judge=False)[0]
-        settings = folding.Settings.of(self.recipe.fold)
-        done, weights, flops = folded(list(experts.values()), self.family, [target], texts, settings, self.seed)
-        self._save(folder, target, weights)
-        return asdict(done.choice.knobs), flops
+        self,
+        experts: Mapping[str, Source],
+        skills: Mapping[str, Skill],
+        shapes: Sequence[Spec],
+        folder: Path,
+        asked: recipe.Recipe | None = None,
+    ) -> tuple[folding.Choice, int]:
+        """A fold of these experts into one of the shapes, by `asked` (None: the case's): its choice and operations."""
+        asked = asked or self.recipe
+        texts = calibrate(asked, experts, skills, self.tokenizer, judge=False)[0]
+        settings = folding.Settings.of(asked.fold)
+        done, weights, flops = folded(list(experts.values()), self.family, shapes, texts, settings, self.seed)
+        self._save(folder, done.choice.target, weights)
+        return done.choice, flops
 
     def _distilled_anchor(
         self, guide: Any = None, tokens: int | None = None, rates: Sequence[float] | None = None
@@ -303,7 +335,7 @@ class TextBed:
     ) -> Outcome:
         """Heal at each learning rate (None: the case's); measure the best by validation."""
         settings, rates = Heal(tokens=tokens or self.detail.heal_tokens), rates or self.detail.lrs
-        limit = self.detail.text and self.detail.text // settings.length
+        limit = self.limit and self.limit // settings.length
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length, limit)
         held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
         teachers = {name: load_expert(s) for name, s in self.sources.items()}

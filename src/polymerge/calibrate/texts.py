@@ -17,7 +17,7 @@ from polymerge.calibrate.files import BLOCK, Source, cut, read_sources
 from polymerge.calibrate.packing import Rows, adds_bos, pack
 from polymerge.errors import TextError
 
-__all__ = ["PARTS", "Rows", "Skill", "adds_bos", "pack", "pairs", "read_skill", "shared_documents"]
+__all__ = ["PARTS", "Rows", "Skill", "adds_bos", "first", "pack", "pairs", "read_skill", "shared_documents"]
 
 PARTS = ("calibration", "validation", "test")
 HELD_OUT = 0.1  # of the characters, for validation and for test each
@@ -97,6 +97,18 @@ def shared_documents(one: Skill, other: Skill) -> int:
     """How many test documents of `one` are calibration or validation documents of `other`: a leak."""
     seen = frozenset(other.calibration) | frozenset(other.validation)
     return sum(document in seen for document in one.test)
+
+
+def first(documents: Iterable[str], tokenizer: Any, tokens: int) -> list[str]:
+    """The first so many tokens of the documents, as texts."""
+    kept: list[str] = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        if not ids:
+            continue
+        kept.append(tokenizer.decode(ids))
+        tokens -= len(ids)
+    return kept
 
 
 def _documents(sources: Sequence[Source]) -> list[str]:

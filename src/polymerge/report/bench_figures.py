@@ -89,7 +89,10 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
 
 def texts(rows: Sequence[Row]) -> Figure | None:
     """Different tokens of each skill against the worst skill: a panel for each pair that has cases of little text."""
-    groups = {name: [r for r in some if scarce.tokens(r) and r.worst is not None] for name, some in scarce.groups(rows)}
+    groups = {
+        name: [r for r in some if scarce.tokens(r) and not scarce.written(r) and r.worst is not None]
+        for name, some in scarce.groups(rows)
+    }
     shown = {name: group for name, group in groups.items() if len(set(map(scarce.tokens, group))) > 1}
     figure = _panels(shown, lambda r: r.case, lambda r: float(scarce.tokens(r) or 0), "different tokens of each skill")
     for axes in figure.axes if figure else ():
