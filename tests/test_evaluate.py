@@ -209,6 +209,7 @@ def test_foreign_code_is_refused(union_folder, change):
         load_for_evaluation(union_folder)
 
 
+@pytest.mark.usefixtures("remote_code_cache")
 def test_a_real_union_folder_is_evaluated(tmp_path, save_model, sums):
     from polymerge.methods.union import build_union, union_config
 

@@ -21,9 +21,11 @@ from transformers import (
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
+from polymerge.methods._union_cache import UnionCache
+from polymerge.methods._union_config import UnionConfig
 from polymerge.methods._union_donors import CACHE
 from polymerge.methods._union_gate import BayesGate
-from polymerge.methods._union_modeling import UnionCache, UnionConfig, UnionForCausalLM
+from polymerge.methods._union_modeling import UnionForCausalLM
 from polymerge.methods.union import MODELING_FILE, build_union, stored_names, union_config
 
 pytestmark = pytest.mark.usefixtures("remote_code_cache")

@@ -17,8 +17,9 @@ from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import TextError
 from polymerge.methods._union_bytes import bits_per_byte_union, score_union
+from polymerge.methods._union_config import UnionConfig
 from polymerge.methods._union_donors import FLOOR, Reader
-from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
+from polymerge.methods._union_modeling import UnionForCausalLM
 from polymerge.methods.union import build_union, tables, union_config
 
 # ------------------------------------------------------------ the exact reference

@@ -27,8 +27,9 @@ from polymerge.calibrate.packing import adds_bos
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
-from polymerge.methods import _union_donors, _union_gate, _union_modeling
-from polymerge.methods._union_modeling import UnionConfig, UnionForCausalLM
+from polymerge.methods import _union_cache, _union_config, _union_donors, _union_gate, _union_modeling
+from polymerge.methods._union_config import UnionConfig
+from polymerge.methods._union_modeling import UnionForCausalLM
 
 __all__ = [
     "MODELING_FILE",
@@ -41,7 +42,13 @@ __all__ = [
 ]
 
 MODELING_FILE = "modeling_union.py"
-CODE = {MODELING_FILE: _union_modeling, "_union_donors.py": _union_donors, "_union_gate.py": _union_gate}
+CODE = {
+    MODELING_FILE: _union_modeling,
+    "_union_config.py": _union_config,
+    "_union_cache.py": _union_cache,
+    "_union_donors.py": _union_donors,
+    "_union_gate.py": _union_gate,
+}
 """What the checkpoint needs to be read without polymerge: file -> module."""
 
 
