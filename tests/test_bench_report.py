@@ -362,7 +362,7 @@ def test_little_text_is_a_table_and_a_figure_of_each_pair():
     drawn = {tuple(line.get_xdata()): list(line.get_ydata()) for line in bench_figures.texts(rows).axes[0].get_lines()}
     assert set(drawn) == {(2048.0, 8192.0)}
     assert bench_figures.texts([of_axis("seed", "fold", 2.4)]) is None
-    assert bench_figures.texts([r for r in rows if scarce.tokens(r) != 8192]) is None  # one point is no curve
+    assert bench_figures.texts([r for r in rows if scarce.text(r) != (8192, False)]) is None  # one point is no curve
 
 
 def test_many_cases_are_told_on_pages_of_their_own(monkeypatch):

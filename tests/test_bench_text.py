@@ -137,7 +137,7 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
     assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
-    scarce = [d for d in medium.values() if d.text]
+    scarce = [d for d in medium.values() if d.text is not None]
     assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
     assert len(scarce) == 2 * len(text.SCARCE)
     [quick] = text.cases("quick")
@@ -227,6 +227,12 @@ def test_what_experts_write_to_little_text_every_method_reads(tmp_path, monkeypa
         assert "".join(real) == "".join(first(whole.texts[name].calibration, bed.tokenizer, 1024))
         assert (skill.validation, skill.test) == (whole.texts[name].validation, whole.texts[name].test)
     assert min(rows_distilled(bed, monkeypatch).values()) >= FEW.fold["tokens"] // 128
+    none = bed_of(tmp_path / "none", text=0, written=True)
+    for name, skill in none.texts.items():
+        assert skill.test == whole.texts[name].test
+        assert skill.written >= len(skill.calibration) + len(skill.validation)
+        assert not {*skill.calibration, *skill.validation} & {*whole.texts[name].calibration, *skill.test}
+    assert min(rows_distilled(none, monkeypatch).values()) >= FEW.fold["tokens"] // 128
     folder, fold = bed._folded()
     assert fold.scores == bed._measured(load_student(folder), bed._target()).scores
     assert fold.flops > 0

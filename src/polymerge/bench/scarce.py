@@ -1,5 +1,6 @@
 """The table of little text: the same experts and size, and ever fewer different tokens of each skill to merge by."""
 
+import math
 from collections.abc import Sequence
 from statistics import mean
 
@@ -15,21 +16,10 @@ ABOUT = (
 )
 
 
-def tokens(row: Row) -> int | None:
-    """Different tokens of each skill that a row's method may read; None: all."""
-    given: int | None = row.setting.get("heal", {}).get("text")
-    return given
-
-
-def _text(row: Row) -> tuple[int, bool] | None:
-    """The same, and whether the experts write more; None: all."""
-    found = tokens(row)
-    return None if found is None else (found, written(row))
-
-
-def written(row: Row) -> bool:
-    """Whether the experts of a row's case write what its texts lack."""
-    return bool(row.setting.get("heal", {}).get("written"))
+def text(row: Row) -> tuple[int, bool] | None:
+    """Different tokens of each skill that a row's method may read, and whether the experts write more; None: all."""
+    heal = row.setting.get("heal", {})
+    return None if heal.get("text") is None else (heal["text"], bool(heal.get("written")))
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -41,7 +31,7 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return sorted(
         (f"{' + '.join(experts)}, {budget} ({profile})", some)
         for (profile, budget, *experts), some in found.items()
-        if any(map(tokens, some))
+        if any(map(text, some))
     )
 
 
@@ -50,19 +40,19 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
     made = []
     about = {name: group for name, (group, _) in methods.known().items()}
     for title, some in groups(rows):
-        counts = sorted({n for r in some if (n := _text(r))})
+        counts = sorted({n for r in some if (n := text(r))})
         lines, cannot = [], []
         for method, its in board.by(some, "method"):
             scores = [
-                mean(known) if (known := [s for r in its if _text(r) == n and (s := judged(r)) is not None]) else None
+                mean(known) if (known := [s for r in its if text(r) == n and (s := judged(r)) is not None]) else None
                 for n in (*counts, None)
             ]
             first = [board.name_of(method), about.get(method, "rival")]
             line = [*first, *("–" if s is None else f"{s:.4f}" for s in scores)]
-            if scores[0] is None:
-                cannot.append(line)
+            if any(s is not None for s in scores):
+                lines.append(([math.inf if s is None else s for s in scores], method, line))
             else:
-                lines.append((scores[0], method, line))
+                cannot.append(line)
         head = ["method", "group", *(f"{n:,}{' + written' * more}" for n, more in counts), "all"]
         made.append(board.Table(f"{TITLE}: {title}", ABOUT, head, [line for *_, line in sorted(lines)], cannot))
     return made

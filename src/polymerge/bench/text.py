@@ -39,7 +39,8 @@ class Detail:
         fold: as in a recipe.
         text: different tokens of each skill that a method may read; None: all that there are. What is chosen on
             validation text stays chosen on all of it, by every method alike.
-        written: each expert adds to these what a recipe's `write` adds by default, for every method alike.
+        written: each expert goes on to write as much as a recipe's `write` adds by default, for every method alike;
+            with no text (0) that is all there is, to choose by as well.
         test_rows: most rows a skill is tested on.
     """
 
@@ -69,7 +70,7 @@ LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
 """A fold that takes what 100 k tokens of healing take; where a million follow, a better one is not worth its price."""
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
-SCARCE = ((2_048, False), (2_048, True), (8_192, False), (32_768, False))
+SCARCE = ((0, True), (2_048, False), (2_048, True), (8_192, False), (32_768, False))
 """Tokens of real text, and whether the experts write more."""
 ABOUT_WEIGHTS = ("placebo", "shrink")
 """Controls that say what the other experts' weights are worth: nothing that depends on how much text there is."""

@@ -19,7 +19,7 @@ from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
 from polymerge.bench.text import LEAN, Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
-from polymerge.calibrate.texts import Skill, first, read_skill
+from polymerge.calibrate.texts import HELD_OUT, Skill, first, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.written import with_written
 from polymerge.errors import PreflightError
@@ -215,9 +215,13 @@ class TextBed:
             return skill
         assert self.detail.text is not None
         self.progress(f"{name} writes")
-        few = replace(skill, calibration=first(skill.calibration, self.tokenizer, self.detail.text))
-        tokens = self.recipe.fold.tokens - self.detail.text
-        return with_written(few, name, self.sources[name], self.tokenizer, tokens, seed=self.seed)
+        source, tokens, few = self.sources[name], self.recipe.fold.tokens - self.detail.text, None
+        if self.detail.text:
+            few = replace(skill, calibration=first(skill.calibration, self.tokenizer, self.detail.text))
+        else:
+            tokens = round(tokens / (1 - 2 * HELD_OUT))  # two tenths are held out
+        made = with_written(few, name, source, self.tokenizer, tokens, seed=self.seed)
+        return replace(made, test=skill.test)
 
     def _folded(self) -> tuple[Path, Outcome]:
         return self.shared.model("fold", self._fold)

@@ -88,13 +88,14 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
 
 
 def texts(rows: Sequence[Row]) -> Figure | None:
-    """Different tokens of each skill against the worst skill: a panel for each pair that has cases of little text."""
-    groups = {
-        name: [r for r in some if scarce.tokens(r) and not scarce.written(r) and r.worst is not None]
-        for name, some in scarce.groups(rows)
-    }
-    shown = {name: group for name, group in groups.items() if len(set(map(scarce.tokens, group))) > 1}
-    figure = _panels(shown, lambda r: r.case, lambda r: float(scarce.tokens(r) or 0), "different tokens of each skill")
+    """Different tokens of each skill against the worst skill: a panel for each pair that has cases of little text.
+
+    Those in which nobody writes more.
+    """
+    tokens = {r.key: found[0] for r in rows if (found := scarce.text(r)) and not found[1]}
+    groups = {name: [r for r in some if r.key in tokens and r.worst is not None] for name, some in scarce.groups(rows)}
+    shown = {name: group for name, group in groups.items() if len({tokens[r.key] for r in group}) > 1}
+    figure = _panels(shown, lambda r: r.case, lambda r: float(tokens[r.key]), "different tokens of each skill")
     for axes in figure.axes if figure else ():
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
