@@ -382,7 +382,8 @@ def check(key, value):
     [
         ("tokens", 1000), ("lr", 0.0), ("lr", -1.0), ("lr", math.inf), ("lr", math.nan), ("warmup", 1.0),
         ("batch_rows", 0), ("length", 1), ("evaluate_every", 0), ("teacher", "ensemble"),
-        ("precision", "int8"), ("across", "bytes"), ("text", 1.5), ("text", -0.1),
+        ("precision", "int8"), ("across", "bytes"), ("text", 1.5), ("text", -0.1), ("features", -1.0),
+        ("features", math.inf),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(key, value):

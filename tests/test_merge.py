@@ -117,6 +117,8 @@ def test_work_folder_saves_the_fold_and_refuses_another(merged, folder):
     polymerge.merge(write(folder), folder / "first", work=work)
     second = polymerge.merge(write(folder), folder / "second", work=work)
     assert "choose" not in second.seconds
+    assert {n: f.digest() for n, f in second.features.items()} == {n: f.digest() for n, f in merged.features.items()}
+    assert second.features
     assert files(folder / "second") == files(merged.out)
     with pytest.raises(OutputError, match="holds the work of another merge"):
         polymerge.merge(write(folder, seed=1), folder / "third", work=work)

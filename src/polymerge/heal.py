@@ -1,6 +1,7 @@
 """Heal: distil a folded model from its experts for a short while, never ending worse than it began.
 
     minimise  mean over skills and scored positions of KL(teacher ‖ student), lagging skills weighing more
+              + `features` · how far the owner's states are from what the result has where the fold put them
 
 by AdamW (Loshchilov & Hutter 2019) with a small learning rate, linear warm-up and linear decay to zero. Folds
 are fragile (large steps soon destroy what the closed form built), so the *worst skill* on validation text,
@@ -44,6 +45,8 @@ class Heal:
         teacher: each text's owner, or the union of all experts.
         across: what is learned from an owner with another tokenizer: its distribution told in the result's tokens, or
             only the likelihood of the bytes that follow.
+        features: weight, beside the divergence, of how far the owner's states are from those that the result has in
+            their place (`features.py`); only after a fold, and from owners with the result's tokenizer.
         text: share of the text's own next token in the loss on every row; by default 0.8 on the rows of an owner with
             another tokenizer, which knows the result's next token only in part, and none on the others.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long
@@ -58,6 +61,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
+    features: float = 10.0
     text: float | None = None
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -73,6 +77,7 @@ class Heal:
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("teacher", self.teacher in ("owner", "union"), "owner or union"),
             ("across", self.across in ("distribution", "likelihood"), "distribution or likelihood"),
+            ("features", 0 <= self.features < math.inf, "a weight of 0 or more"),
             ("text", self.text is None or 0 <= self.text <= 1, "a share from 0 to 1"),
             ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "1 or more"),
             ("precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
@@ -115,7 +120,7 @@ class Heal:
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement, in bits per byte; `loss` is the mean since the last one, in nats per token."""
+    """One measurement, in bits per byte; `loss` is the mean since the last one, in nats per token, without features."""
 
     step: int
     tokens: int
@@ -155,6 +160,7 @@ def heal(
     settings: Heal,
     *,
     guide: Any = None,
+    features: Mapping[str, Any] | None = None,
     out: Path | None = None,
     seed: int = 0,
     device: Any = "cpu",
@@ -170,6 +176,7 @@ def heal(
         settings: the recipe's keys.
         guide: a model whose distributions are learned, of all skills, instead of the teachers'; those are still what
             the result is compared with.
+        features: skill name -> `Features` of its owner, where the student is a fold.
         out: folder for the resumable state (`heal.pt`) and the log (`heal.jsonl`, a line a measurement).
         seed: of the order of the rows.
         device: where all models run.
@@ -191,7 +198,9 @@ def heal(
     skills = learning.check_rows(rows, validation, settings.length)
     guides, owners = learning.resolve(teachers, settings.teacher, skills)
     guides = guides if guide is None else dict.fromkeys(skills, guide)
-    run = Run(student, guides, owners, settings, rows=rows, validation=validation, seed=seed, device=device)
+    run = Run(
+        student, guides, owners, settings, rows=rows, validation=validation, features=features, seed=seed, device=device
+    )
     run.progress = progress
     if out is not None:
         run.resume(Folder(out, run.inputs()))

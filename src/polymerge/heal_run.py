@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from polymerge.calibrate.foreign import TranslatedTeacher
 from polymerge.calibrate.texts import Rows
 from polymerge.divergence import kl
 from polymerge.evaluate import bits_per_byte
+from polymerge.features import Features
 from polymerge.heal import Heal, HealResult, Point, Progress
 from polymerge.heal_state import Folder
 
@@ -40,12 +41,15 @@ class Run:
         *,
         rows: Mapping[str, Rows],
         validation: Mapping[str, Rows],
+        features: Mapping[str, Features] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
         self.device = torch.device(device)
         self.student, self.guides, self.owners = student.to(self.device).eval(), guides, owners
         self.rows, self.validation, self.settings, self.seed = rows, validation, settings, seed
+        taught = {name for name, guide in guides.items() if guide is owners[name] and settings.features}
+        self.features = {name: one.to(self.device) for name, one in (features or {}).items() if name in taught}
         self.progress: Progress = lambda _step, _steps, _text: None
         self.half = learning.uses_bfloat16(settings.precision, self.device)
         self.every = settings.interval(sum(r.tokens.numel() for r in validation.values()))
@@ -91,17 +95,21 @@ class Run:
         drawn = self.batches.draw()
         parts = [self.rows[name].tokens[index, :-1].to(self.device) for name, index in drawn.items()]
         with self._autocast():
-            logits = self.student(input_ids=torch.cat(parts), use_cache=False).logits
-        loss = torch.zeros((), device=self.device)
-        for name, tokens, mine in zip(drawn, parts, logits.split([len(p) for p in parts]), strict=True):
-            share = self.settings.text_share(foreign=isinstance(self.guides[name], TranslatedTeacher))
+            out = self.student(input_ids=torch.cat(parts), use_cache=False, output_hidden_states=bool(self.features))
+        loss, missed = torch.zeros(2, device=self.device).unbind()
+        sizes = [len(p) for p in parts]
+        states = zip(*(state.split(sizes) for state in out.hidden_states or ()), strict=True)
+        for name, tokens, mine in zip(drawn, parts, out.logits.split(sizes), strict=True):
+            share, seen = self.settings.text_share(foreign=self._foreign(name)), next(states, ())
             if share < 1:
-                loss = loss + (1 - share) * self._taught(self.guides[name], mine, tokens)
+                said, lost = self._taught(name, tokens, mine, seen)
+                loss, missed = loss + (1 - share) * said, missed + (1 - share) * lost
             if share > 0:
                 loss = loss + share * learning.next_token(mine, tokens)
-        loss = loss / logits.shape[:2].numel()
+        count = out.logits.shape[:2].numel()
+        loss = loss / count
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss + self.settings.features * missed / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         with self._changing():
             if math.isfinite(loss.item()) and math.isfinite(norm.item()):
@@ -112,14 +120,22 @@ class Run:
                 self._fault()
             self.step, self.drawn = self.step + 1, self.batches.state()
 
-    def _taught(self, guide: Any, student: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What the student still lacks of its teacher's predictions, in nats summed over positions."""
+    def _taught(
+        self, name: str, tokens: torch.Tensor, student: torch.Tensor, states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the student still lacks, summed over positions: of its teacher's predictions, in nats; of its states."""
+        guide, features, missed = self.guides[name], self.features.get(name), torch.zeros((), device=self.device)
         with self._autocast():
-            if isinstance(guide, TranslatedTeacher):
-                return learning.across(student, guide, tokens, kind=self.settings.across)
+            if self._foreign(name):
+                return learning.across(student, guide, tokens, kind=self.settings.across), missed
             with torch.no_grad():
-                theirs = guide(input_ids=tokens, use_cache=False).logits
-        return kl(student, theirs).sum()
+                theirs = guide(input_ids=tokens, use_cache=False, output_hidden_states=features is not None)
+        if features is not None:
+            missed = features.missed(states, theirs.hidden_states)
+        return kl(student, theirs.logits).sum(), missed
+
+    def _foreign(self, name: str) -> bool:
+        return isinstance(self.guides[name], TranslatedTeacher)
 
     def measure(self) -> None:
         """Validate; keep the state if it is the best, go back to the best if it is clearly worse again."""
@@ -220,6 +236,7 @@ class Run:
         for name in self.rows:
             found[f"expert {name}"] = learning.digest_model(self.owners[name])
             found[f"text {name}"] = learning.digest_rows(self.rows[name], self.validation[name])
+        found |= {f"features {name}": one.digest() for name, one in self.features.items()}
         return found
 
     def resume(self, folder: Folder) -> None:

@@ -29,6 +29,7 @@ from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
 from polymerge.evaluate import bits_per_byte
+from polymerge.features import Features
 from polymerge.methods import fold as folding
 from polymerge.methods import union
 from polymerge.methods._layers import Emit, Knobs
@@ -51,9 +52,15 @@ TOLD_ROWS = 16
 """Validation rows a skill by which preflight measures what a translation costs."""
 
 
+_NOT_PLAIN = ("out", "report", "cpu_seconds", "features")
+
+
 @dataclass
 class MergeResult:
-    """What a merge did; all losses in bits per byte on test text. `summary()` is JSON-ready."""
+    """What a merge did; all losses in bits per byte on test text. `summary()` is JSON-ready.
+
+    `features`: of each skill's owner, for healing later.
+    """
 
     out: Path | None
     method: str
@@ -68,6 +75,7 @@ class MergeResult:
     knob_trials: list[dict[str, Any]] = field(default_factory=list)
     heal_curve: list[dict[str, Any]] = field(default_factory=list)
     heal_reference: dict[str, float] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -81,7 +89,7 @@ class MergeResult:
 
     def summary(self) -> dict[str, Any]:
         """Plain data, as in summary.json."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("out", "report", "cpu_seconds")}
+        plain = {key: value for key, value in vars(self).items() if key not in _NOT_PLAIN}
         worst = self.worst_skill
         return {
             **plain,
@@ -244,6 +252,8 @@ class Job:
         result.knobs, result.knob_trials = asdict(chosen.knobs), chosen.trials
         result.balance = dict(zip(self.part, chosen.balance, strict=True))
         result.owners = self.owners
+        known = {name: one for name, one in zip(self.part, done.features, strict=False) if one}
+        result.features = {skill: known[owner] for skill, owner in self.owners.items() if owner in known}
         student = load_student(folder)
         self._measure(student, "fold")
         return student
@@ -301,6 +311,7 @@ class Job:
                 rows_of(self.skills, "calibration", self.tokenizer, settings.length),
                 rows_of(self.skills, "validation", self.tokenizer, settings.length, VALIDATION_ROWS),
                 settings,
+                features=self.result.features,
                 out=self.work / "heal",
                 seed=self.recipe.seed,
                 device=self.anchor.device,

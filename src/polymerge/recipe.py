@@ -152,7 +152,7 @@ def healing(value: object) -> object:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
     given = {key: v for key, v in value.items() if v is not None}  # a key left empty: its default
-    number: dict[str, Any] = {"tokens": count, "lr": _number, "warmup": _number, "text": _number}
+    number: dict[str, Any] = {"tokens": count, "lr": _number, "warmup": _number, "features": _number, "text": _number}
     return Heal(**{key: number[key](v) if key in number else v for key, v in given.items()})
 
 

@@ -16,6 +16,7 @@ from polymerge.checkpoint.card import Card, SkillRow, model_card
 from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import OutputError
+from polymerge.features import Features
 from polymerge.methods._layers import Knobs
 from polymerge.methods.fold import Choice, Folded
 from polymerge.model.source import Source
@@ -54,10 +55,11 @@ def digest(recipe: Recipe, sources: Mapping[str, Source], texts: str) -> str:
 
 
 def save_fold(writer: CheckpointWriter, folded: Folded, key: str) -> None:
-    """What a later call must know of a finished fold."""
+    """What a later call must know of a finished fold; `Features` by the expert's number."""
+    Features.save({str(k): one for k, one in enumerate(folded.features) if one}, writer.folder)
     chosen = asdict(folded.choice)
     chosen["target"]["features"] = sorted(folded.choice.target.features)
-    data = {"key": key, "excess": folded.excess, "choice": chosen}
+    data = {"key": key, "excess": folded.excess, "choice": chosen, "experts": len(folded.features)}
     writer.text(FOLD, json.dumps(data, indent=1) + "\n")
 
 
@@ -76,7 +78,8 @@ def load_fold(folder: Path, key: str) -> Folded | None:
     lists = {"features": frozenset, "frequencies": tuple}
     target = Spec(**{key: lists.get(key, _same)(value) for key, value in chosen["target"].items()})
     choice = Choice(target, Knobs(**chosen["knobs"]), tuple(chosen["balance"]), chosen["trials"])
-    return Folded(choice, data["excess"])
+    features = Features.load(folder)
+    return Folded(choice, data["excess"], [features.get(str(k)) for k in range(data["experts"])])
 
 
 def _same(value: Any) -> Any:

@@ -24,6 +24,7 @@ from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.written import with_written
 from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
+from polymerge.features import Features
 from polymerge.heal import Heal
 from polymerge.merge import merge
 from polymerge.methods import fold as folding
@@ -92,7 +93,7 @@ class TextBed:
     def fold_heal(self) -> Outcome:
         """The fold, distilled."""
         folder, fold = self._folded()
-        outcome = self._distilled(lambda: load_student(folder), self._target())
+        outcome = self._distilled(lambda: load_student(folder), self._target(), features=Features.load(folder))
         outcome.reused, outcome.flops = fold.reused, (outcome.flops or 0) + (fold.flops or 0)
         return outcome
 
@@ -104,10 +105,10 @@ class TextBed:
         made = self._fold(folder, self.recipe.model_copy(update={"fold": lean}))
         healing = self._training(plan.parameters(self.family, self._target()), detail.heal_tokens, len(detail.lrs))
         left = (self._folded()[1].flops or 0) + healing - (made.flops or 0)
-        target = Source(folder).spec
-        tokens = self._tokens(target, left)
+        target, features = Source(folder).spec, Features.load(folder)
+        tokens = self._tokens(target, left, features)
         rate = Heal(tokens=tokens).peak
-        outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(rate,))
+        outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(rate,), features=features)
         outcome.flops = (outcome.flops or 0) + (made.flops or 0)
         outcome.notes = f"fold of {lean.tokens:,} tokens each in closed form, without trials; {outcome.notes}"
         outcome.extra["fold"] = made.scores
@@ -235,6 +236,7 @@ class TextBed:
         with Products() as products:
             listener = Until("test", products)
             result = merge(asked, folder, device=self.device, progress=listener)
+        Features.save(result.features, folder)
         extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
         scores = {skill: row["fold"] for skill, row in result.skills.items()}
         flops = (listener.flops or products.flops) - self.measuring
@@ -311,6 +313,7 @@ class TextBed:
         settings = folding.Settings.of(asked.fold)
         done, weights, flops = folded(list(experts.values()), self.family, shapes, texts, settings, self.seed)
         self._save(folder, done.choice.target, weights)
+        Features.save({name: one for name, one in zip(experts, done.features, strict=True) if one}, folder)
         return done.choice, flops
 
     def _distilled_anchor(
@@ -336,6 +339,7 @@ class TextBed:
         guide: Any = None,
         tokens: int | None = None,
         rates: Sequence[float] | None = None,
+        features: Mapping[str, Features] | None = None,
     ) -> Outcome:
         """Heal at each learning rate (None: the case's); measure the best by validation."""
         settings, rates = Heal(tokens=tokens or self.detail.heal_tokens), rates or self.detail.lrs
@@ -345,22 +349,23 @@ class TextBed:
         teachers = {name: load_expert(s) for name, s in self.sources.items()}
         best = at_best_rate(
             student, teachers, rows, held, settings, rates,
-            guide=guide, seed=self.seed, device=self.device, progress=self.progress,
+            guide=guide, features=features, seed=self.seed, device=self.device, progress=self.progress,
         )  # fmt: skip
         outcome = self._measured(best.model, target)
         outcome.tokens, outcome.steps = best.done.tokens, best.done.steps
-        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens, len(rates))
+        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens, len(rates), features)
         outcome.notes, outcome.extra = best.note, best.extra
         return outcome
 
-    def _training(self, parameters: int, tokens: int, runs: int) -> int:
+    def _training(self, parameters: int, tokens: int, runs: int, features: Mapping[str, Features] | None = None) -> int:
         """Operations of so many healings of a model of so many parameters."""
-        return operations(parameters, tokens, runs, list(self.expert_parameters.values()))
+        teachers = list(self.expert_parameters.values())
+        return operations(parameters, tokens, runs, teachers, list((features or {}).values()))
 
-    def _tokens(self, target: Spec, operations: int) -> int:
+    def _tokens(self, target: Spec, operations: int, features: Mapping[str, Features] | None = None) -> int:
         """Tokens of one healing that takes so many operations; at least the case's."""
         least, size = self.detail.heal_tokens, plan.parameters(self.family, target)
-        return max(least, round(least * operations / self._training(size, least, runs=1)))
+        return max(least, round(least * operations / self._training(size, least, runs=1, features=features)))
 
     def _new(self, name: str) -> Path:
         """A folder that is not there yet."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from polymerge.bench.rows import training_flops
 from polymerge.calibrate.packing import Rows
+from polymerge.features import Features
 from polymerge.heal import Heal, heal
 
 
@@ -28,6 +29,7 @@ def at_best_rate(
     rates: Sequence[float],
     *,
     guide: Any = None,
+    features: Mapping[str, Features] | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
@@ -38,7 +40,7 @@ def at_best_rate(
         progress(f"distil at {lr:g}")
         model = student()
         asked = replace(settings, lr=lr)
-        done = heal(model, teachers, rows, held_out, asked, guide=guide, seed=seed, device=device)
+        done = heal(model, teachers, rows, held_out, asked, guide=guide, features=features, seed=seed, device=device)
         runs.append((min(point.worst for point in done.curve), lr, model, done))
     _, lr, model, done = min(runs, key=lambda run: run[:2])
     note = f"learning rate {lr:g}{f' of {len(runs)} tried' * (len(runs) > 1)}, best state at step {done.best_step}"
@@ -49,7 +51,10 @@ def at_best_rate(
     return Best(model, done, note, extra)
 
 
-def operations(parameters: int, tokens: int, runs: int, teachers: Sequence[int]) -> int:
+def operations(
+    parameters: int, tokens: int, runs: int, teachers: Sequence[int], features: Sequence[Features] = ()
+) -> int:
     """Of matrix products in `runs` such distillations; a row has one teacher, its owner: about equally many each."""
     share = runs * tokens // len(teachers)
-    return training_flops(parameters, tokens, runs=runs, teachers=[(size, share) for size in teachers])
+    spent = training_flops(parameters, tokens, runs=runs, teachers=[(size, share) for size in teachers])
+    return spent + share * sum(one.operations for one in features)

@@ -4,6 +4,7 @@ The target's states (row, time, width) live on the CPU, whole, as the experts' d
 to the device; one layer of each model is there at a time.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from polymerge.align.prune import members
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.moments import Moments
 from polymerge.clock import Clock
+from polymerge.features import Features
 from polymerge.methods import _judge, _refine, _writers
 from polymerge.methods._experts import Experts, Present
 from polymerge.model import decoder
@@ -24,7 +26,7 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
 Emit = Callable[[int | None, dict[str, Tensor]], None]
-Features = Callable[[Tensor], Tensor]
+Make = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,18 @@ class LayerFold:
             emit(last, weights)
             emit(None, outer)
             return _judge.lag(self, outer["head.weight"])
+
+    def features(self) -> list[Features | None]:
+        """Where each expert's states stand in the target; None where there are none to compare, token by token."""
+        found: list[Features | None] = []
+        for k, (encoder, part) in enumerate(zip(self.encoders, self.slices, strict=True)):
+            source, hosts = self.experts.sources[k], self.experts.hosts[k]
+            layers = [(at, bisect_right(hosts, at) - 1) for at in range(self.target.layers - 1)]
+            layers = [(at, i) for at, i in layers if 0 <= i < source.spec.layers - 1]
+            alike = self.texts.reading(k) is None and layers
+            centred = source.spec.norm == "layer"
+            found.append(Features(encoder[:, part], part.start, tuple(layers), centred) if alike else None)
+        return found
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """One target layer: attention, MLP, then both refined together."""
@@ -236,7 +250,7 @@ class LayerFold:
         """Row indices, a batch at a time."""
         yield from torch.arange(len(self.texts.tokens)).split(self.batch)
 
-    def stream(self, make: Features) -> Tensor:
+    def stream(self, make: Make) -> Tensor:
         """A state of all rows, on the CPU, made batch by batch."""
         return torch.cat([make(rows).cpu() for rows in self.batches()])
 
@@ -279,7 +293,7 @@ class LayerFold:
     def _hidden(self, weights: dict[str, Tensor], rows: Tensor) -> Tensor:
         return decoder.feed_forward(self.target, weights, self.normalised(rows))[2]
 
-    def _advance(self, features: Features, writer: Tensor) -> None:
+    def _advance(self, features: Make, writer: Tensor) -> None:
         self.state = self.stream(lambda rows: self.state[rows].to(self.device) + F.linear(features(rows), writer))
 
     def _placed(self, k: int, q: Tensor, key: Tensor, v: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from polymerge.align import depth
 from polymerge.align.width import Basis, allot, residual_basis
 from polymerge.calibrate.calibration import Calibration
 from polymerge.clock import Clock
+from polymerge.features import Features
 from polymerge.methods._layers import Emit, Knobs, LayerFold
 from polymerge.methods._refine import Refine, balanced
 from polymerge.model.source import Source
@@ -112,10 +113,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Folded:
-    """What a fold did. `excess`: what each expert's held-out rows lost, as `_judge.lag` measures it."""
+    """What a fold did.
+
+    `excess`: what each expert's held-out rows lost, as `_judge.lag` measures it. `features`: where each expert's states
+    stand, for healing.
+    """
 
     choice: Choice
     excess: list[float]
+    features: list[Features | None] = field(default_factory=list)
 
 
 def fold(
@@ -154,7 +160,7 @@ def fold(
         progress=progress,
         clock=clock,
     )
-    return Folded(choice, run.run(emit(choice.target)))
+    return Folded(choice, run.run(emit(choice.target)), run.features())
 
 
 def bases_of(experts: Sequence[Source], texts: Calibration, settings: Settings, seed: int = 0) -> list[Basis]:
