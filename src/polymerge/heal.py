@@ -61,7 +61,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
-    features: float = 10.0
+    features: float = 5.0
     text: float | None = None
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
