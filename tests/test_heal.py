@@ -400,6 +400,14 @@ def test_rate_rises_and_falls_to_nearly_nothing():
     assert rates[-1] < 0.02 * settings.peak
 
 
+def test_the_weight_of_states_falls_to_nearly_nothing():
+    settings = replace(FAST, features=3.0)
+    weights = [settings.weight(step) for step in range(settings.steps)]
+    assert weights[0] == 3.0
+    assert weights == sorted(weights, reverse=True)
+    assert 0 < weights[-1] < 3.0 / (settings.steps - 1)
+
+
 def test_a_longer_run_takes_larger_steps():
     peaks = [Heal(tokens=tokens).peak for tokens in (100_000, 400_000, 1_600_000, 10**8)]
     assert peaks == pytest.approx([5e-4, 1e-3, 2e-3, 4e-3])

@@ -1,7 +1,7 @@
 """Heal: distil a folded model from its experts for a short while, never ending worse than it began.
 
     minimise  mean over skills and scored positions of KL(teacher ‖ student), lagging skills weighing more
-              + `features` · how far the owner's states are from what the result has where the fold put them
+              + a weight, falling to nothing, of how far the owner's states are from where the fold had them stand
 
 by AdamW (Loshchilov & Hutter 2019) with a small learning rate, linear warm-up and linear decay to zero. Folds
 are fragile (large steps soon destroy what the closed form built), so the *worst skill* on validation text,
@@ -45,8 +45,9 @@ class Heal:
         teacher: each text's owner, or the union of all experts.
         across: what is learned from an owner with another tokenizer: its distribution told in the result's tokens, or
             only the likelihood of the bytes that follow.
-        features: weight, beside the divergence, of how far the owner's states are from those that the result has in
-            their place (`features.py`); only after a fold, and from owners with the result's tokenizer.
+        features: weight, at the beginning, of how far the owner's states are from those that the result has in their
+            place (`features.py`), beside the divergence; it falls linearly to nothing. Only after a fold, and from
+            owners with the result's tokenizer.
         text: share of the text's own next token in the loss on every row; by default 0.8 on the rows of an owner with
             another tokenizer, which knows the result's next token only in part, and none on the others.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long
@@ -61,7 +62,7 @@ class Heal:
     length: int = 128
     teacher: Literal["owner", "union"] = "owner"
     across: Literal["distribution", "likelihood"] = "distribution"
-    features: float = 5.0
+    features: float = 10.0
     text: float | None = None
     evaluate_every: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -109,6 +110,10 @@ class Heal:
         if self.text is not None:
             return self.text
         return _FOREIGN_TEXT if foreign else 0.0
+
+    def weight(self, step: int) -> float:
+        """Of the owner's states, at a step (from 0)."""
+        return self.features * (self.steps - step) / self.steps
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

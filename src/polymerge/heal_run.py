@@ -109,7 +109,7 @@ class Run:
         count = out.logits.shape[:2].numel()
         loss = loss / count
         self.optimizer.zero_grad()
-        (loss + self.settings.features * missed / count).backward()
+        (loss + self.settings.weight(self.step) * missed / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         with self._changing():
             if math.isfinite(loss.item()) and math.isfinite(norm.item()):
