@@ -27,6 +27,7 @@ from polymerge.errors import RecipeError
 
 _EVALUATION_SHARE = 0.15
 _FOREIGN_TEXT = 0.8
+_LET_GO = 800_000
 
 Progress = Callable[[int, int, str], None]
 
@@ -46,8 +47,8 @@ class Heal:
         across: what is learned from an owner with another tokenizer: its distribution told in the result's tokens, or
             only the likelihood of the bytes that follow.
         features: weight, at the beginning, of how far the owner's states are from those that the result has in their
-            place (`features.py`), beside the divergence; it falls linearly to nothing. Only after a fold, and from
-            owners with the result's tokenizer.
+            place (`features.py`), beside the divergence; it falls linearly to nothing at 800 k tokens, for a run so
+            long is better let go in the end. Only after a fold, and from owners with the result's tokenizer.
         text: share of the text's own next token in the loss on every row; by default 0.8 on the rows of an owner with
             another tokenizer, which knows the result's next token only in part, and none on the others.
         evaluate_every: steps between measurements; by default about eight in a run, every 25 steps in long
@@ -113,7 +114,7 @@ class Heal:
 
     def weight(self, step: int) -> float:
         """Of the owner's states, at a step (from 0)."""
-        return self.features * (self.steps - step) / self.steps
+        return self.features * max(0.0, 1 - step * self.batch_rows * self.length / _LET_GO)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

@@ -94,22 +94,24 @@ class Run:
         """One optimiser step."""
         drawn = self.batches.draw()
         parts = [self.rows[name].tokens[index, :-1].to(self.device) for name, index in drawn.items()]
+        weight = self.settings.weight(self.step)
+        held = self.features if weight else {}
         with self._autocast():
-            out = self.student(input_ids=torch.cat(parts), use_cache=False, output_hidden_states=bool(self.features))
+            out = self.student(input_ids=torch.cat(parts), use_cache=False, output_hidden_states=bool(held))
         loss, missed = torch.zeros(2, device=self.device).unbind()
         sizes = [len(p) for p in parts]
         states = zip(*(state.split(sizes) for state in out.hidden_states or ()), strict=True)
         for name, tokens, mine in zip(drawn, parts, out.logits.split(sizes), strict=True):
             share, seen = self.settings.text_share(foreign=self._foreign(name)), next(states, ())
             if share < 1:
-                said, lost = self._taught(name, tokens, mine, seen)
+                said, lost = self._taught(name, tokens, mine, seen, held.get(name))
                 loss, missed = loss + (1 - share) * said, missed + (1 - share) * lost
             if share > 0:
                 loss = loss + share * learning.next_token(mine, tokens)
         count = out.logits.shape[:2].numel()
         loss = loss / count
         self.optimizer.zero_grad()
-        (loss + self.settings.weight(self.step) * missed / count).backward()
+        (loss + weight * missed / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         with self._changing():
             if math.isfinite(loss.item()) and math.isfinite(norm.item()):
@@ -121,10 +123,15 @@ class Run:
             self.step, self.drawn = self.step + 1, self.batches.state()
 
     def _taught(
-        self, name: str, tokens: torch.Tensor, student: torch.Tensor, states: Sequence[torch.Tensor]
+        self,
+        name: str,
+        tokens: torch.Tensor,
+        student: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        features: Features | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the student still lacks, summed over positions: of its teacher's predictions, in nats; of its states."""
-        guide, features, missed = self.guides[name], self.features.get(name), torch.zeros((), device=self.device)
+        guide, missed = self.guides[name], torch.zeros((), device=self.device)
         with self._autocast():
             if self._foreign(name):
                 return learning.across(student, guide, tokens, kind=self.settings.across), missed
