@@ -92,6 +92,11 @@ def assets() -> Path:
     return Path(folder)
 
 
+def _forget_remote_code() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def remote_code_cache(tmp_path, monkeypatch):
     """A cache of its own for code that checkpoints bring, and nothing of other caches still imported."""
@@ -99,5 +104,6 @@ def remote_code_cache(tmp_path, monkeypatch):
     (tmp_path / "modules").mkdir()
     # First: transformers only appends its cache, and another test's may be there already.
     monkeypatch.setattr(sys, "path", [str(tmp_path / "modules"), *sys.path])
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)
+    _forget_remote_code()
+    yield
+    _forget_remote_code()  # a later test would look for its own below this one's folder
