@@ -12,6 +12,7 @@ from polymerge.bench import lm, text, text_bed, text_experts
 from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
+from polymerge.calibrate import written
 from polymerge.calibrate.texts import first
 from polymerge.errors import PreflightError
 from polymerge.model.source import Source
@@ -219,8 +220,10 @@ def test_with_little_text_no_method_reads_more(tmp_path, monkeypatch):
 
 
 def test_what_experts_write_to_little_text_every_method_reads(tmp_path, monkeypatch):
+    for name, small in {"BATCH": 8, "LENGTH": 64, "PROMPT": 8}.items():
+        monkeypatch.setattr(written, name, small)
     whole = bed_of(tmp_path / "whole", text=None)
-    bed = bed_of(tmp_path / "written", text=1024, written=True)
+    bed = bed_of(tmp_path / "written", text=1024, written=True, fold=FEW.fold | {"trials": False})
     assert bed.recipe.fold.tokens == FEW.fold["tokens"]
     for name, skill in bed.texts.items():
         real = skill.calibration[: -skill.written]
