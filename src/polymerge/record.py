@@ -59,7 +59,7 @@ def save_fold(writer: CheckpointWriter, folded: Folded, key: str) -> None:
     Features.save({str(k): one for k, one in enumerate(folded.features) if one}, writer.folder)
     chosen = asdict(folded.choice)
     chosen["target"]["features"] = sorted(folded.choice.target.features)
-    data = {"key": key, "excess": folded.excess, "choice": chosen, "experts": len(folded.features)}
+    data = {"key": key, "excess": folded.excess, "choice": chosen}
     writer.text(FOLD, json.dumps(data, indent=1) + "\n")
 
 
@@ -79,7 +79,7 @@ def load_fold(folder: Path, key: str) -> Folded | None:
     target = Spec(**{key: lists.get(key, _same)(value) for key, value in chosen["target"].items()})
     choice = Choice(target, Knobs(**chosen["knobs"]), tuple(chosen["balance"]), chosen["trials"])
     features = Features.load(folder)
-    return Folded(choice, data["excess"], [features.get(str(k)) for k in range(data["experts"])])
+    return Folded(choice, data["excess"], [features.get(str(k)) for k in range(len(choice.balance))])
 
 
 def _same(value: Any) -> Any:
