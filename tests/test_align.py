@@ -9,7 +9,7 @@ import torch
 from polymerge.align import depth, prune
 from polymerge.align import width as stream
 from polymerge.align.heads import expand_groups, placement
-from polymerge.align.width import Basis, allot, residual_basis
+from polymerge.align.width import Basis, allot, heed, residual_basis
 from polymerge.calibrate.ownership import by_gate, by_prefix
 from polymerge.model import decoder
 from polymerge.model.source import Source
@@ -208,3 +208,10 @@ def test_gate_ownership_follows_the_evidence_and_never_looks_ahead():
     assert owned[:, 0, 0].tolist() == owned[:, 0, 1].tolist() == [1.0, 1.0]
     torch.testing.assert_close(owned[:, 0, 2], torch.tensor([1.0, 1 / 9]))
     torch.testing.assert_close(owned[:, 0, 3], torch.tensor([1.0, 1.0]))
+
+
+def test_huge_states_count_for_little_and_none_for_more_than_twice_the_usual():
+    power = torch.cat([torch.ones(97), torch.tensor([0.0, 1e4, 1e8])])
+    weight = heed(power)
+    assert float(weight.mean()) == pytest.approx(1.0)
+    torch.testing.assert_close(weight[97:] / weight[0], torch.tensor([2.0, 2e-4, 2e-8]), rtol=1e-3, atol=0)

@@ -8,6 +8,7 @@ from test_fold import EXACT, NO_REFINE, expert, shape, texts
 from test_heal import FAST, Interrupt, model, same, text, weights
 from transformers import AutoModelForCausalLM
 
+from polymerge.align.width import heed
 from polymerge.features import Features
 from polymerge.heal import heal
 from polymerge.methods import fold as folding
@@ -60,8 +61,9 @@ def test_what_is_missed_is_a_mean_over_layers_of_relative_errors():
     features = Features(encoder, 2, ((0, 0), (1, 2)), centred=True)
     expected = 0.0
     for i, j in features.layers:
-        goal = (theirs[j + 1] - theirs[j + 1].mean(-1, keepdim=True)) @ encoder
-        expected += float(((mine[i + 1][..., 2:5] - goal) ** 2).mean() / (goal**2).mean()) * 10 / 2
+        state = theirs[j + 1] - theirs[j + 1].mean(-1, keepdim=True)
+        goal, weight = state @ encoder, heed((state**2).mean(-1))[..., None]
+        expected += float(((mine[i + 1][..., 2:5] - goal) ** 2 * weight).mean() / (goal**2 * weight).mean()) * 10 / 2
     assert float(features.missed(mine, theirs)) == pytest.approx(expected, rel=1e-5)
 
 

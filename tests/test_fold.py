@@ -20,6 +20,7 @@ from polymerge.model import decoder
 from polymerge.model.source import Source
 
 NO_REFINE = Refine(steps=0, head_steps=0)
+WRITERS = ("o.weight", "down.weight")
 EXACT = Knobs(ridge=1e-12, mute=0.0, mute_last=0.0, off_gate=0.0, off_weight=0.0)
 
 
@@ -162,13 +163,47 @@ def test_how_loud_an_expert_is_changes_nothing(save_model, tmp_path):
     before, _, _ = folded_logits(pair, family, target, data, Knobs())
     outer, plain, loud = pair[1].outer(), pair[1].layer, 30.0
     pair[1].outer = lambda: outer | {"embed.weight": loud * outer["embed.weight"]}
-    writers = ("o.weight", "down.weight")
-    pair[1].layer = lambda i: {role: w * (loud if role in writers else 1) for role, w in plain(i).items()}
+    pair[1].layer = lambda i: {role: w * (loud if role in WRITERS else 1) for role, w in plain(i).items()}
     after, _, _ = folded_logits(pair, family, target, data, Knobs())
     torch.testing.assert_close(after, before, atol=0.02, rtol=0.02)  # eps under the norms is heard a little
     pair[1].outer = lambda: outer | {"embed.weight": 3.0 * outer["embed.weight"]}  # a tenth of its writers: heard
     other, _, _ = folded_logits(pair, family, target, data, Knobs())
     assert (other - before).abs().max() > 1
+
+
+def test_tokens_with_huge_states_are_not_all_that_is_fitted(save_model, tmp_path):
+    """Massive activations: of one token, from the first MLP to the last, in a direction that nothing else uses."""
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
+    data, token = texts(2), 3
+    family, (target,) = shape(pair, width=40, heads=6, mlp=48)
+    others = data.tokens[(data.owner == 0) & ~data.fit] != token
+
+    def lost():
+        rows = (data.owner == 0) & ~data.fit
+        ours = folded_logits(pair, family, target, data, Knobs())[0][rows].log_softmax(-1)[others]
+        theirs = pair[0].logits(data.tokens[rows]).log_softmax(-1)[others]
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    before, outer = lost(), pair[0].outer()
+    unheard = torch.zeros(pair[0].spec.width).double()
+    unheard[5] = 1.0
+    embedding = outer["embed.weight"].clone()
+    embedding[:, 5] = 0
+    embedding[token] = 300 * embedding[token].norm() * unheard
+    pair[0].outer = lambda: outer | {"embed.weight": embedding}
+    after = lost()
+    assert after < 1.5 * before
+
+
+@pytest.mark.parametrize(("width", "steady"), [(40, True), (64, False)])
+def test_one_dimension_is_constant_where_not_all_of_the_streams_fits(width, steady, save_model, tmp_path):
+    pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b")]
+    family, (target,) = shape(pair, width=width, heads=8, mlp=96)
+    weights = folded_logits(pair, family, target, texts(2), Knobs())[2]
+    first = weights[None]["embed.weight"][:, 0]
+    assert (first.amax() == first.amin()) == steady
+    written = max(float(weights[i][role][0].abs().max()) for i in range(target.layers) for role in WRITERS)
+    assert (written == 0) == steady
 
 
 def test_silence_after_the_last_mlp_has_a_weight_of_its_own(save_model, tmp_path):

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polymerge.align.width import heed
+
 FILE = "features.safetensors"
 
 
@@ -39,17 +41,19 @@ class Features:
     def missed(
         self, result: Sequence[Float[Tensor, "row time width"]], expert: Sequence[Float[Tensor, "row time resid"]]
     ) -> Float[Tensor, ""]:
-        """Σ over positions of the mean over layers of |slice − Pᵀs|² ⁄ mean |Pᵀs|²; differentiable in `result`.
+        """Σ over positions of the mean over layers of |slice − Pᵀs|² ⁄ mean |Pᵀs|², weighted by `heed`.
 
-        Both are the `hidden_states` of a transformers model: the embeddings, then what each layer puts out.
+        Differentiable in `result`. Both are the `hidden_states` of a transformers model: the embeddings, then what each
+        layer puts out.
         """
         total = torch.zeros((), device=result[0].device)
         end = self.start + self.encoder.shape[1]
         for mine, theirs in self.layers:
             state = expert[theirs + 1].float()
-            goal = (state - state.mean(-1, keepdim=True) if self.centred else state) @ self.encoder
-            error = (result[mine + 1][..., self.start : end].float() - goal).pow(2).mean(-1).sum()
-            total = total + error / goal.pow(2).mean().clamp_min(1e-12)
+            state = state - state.mean(-1, keepdim=True) if self.centred else state
+            goal, weight = state @ self.encoder, heed(state.pow(2).mean(-1))
+            error = (result[mine + 1][..., self.start : end].float() - goal).pow(2).mean(-1) * weight
+            total = total + error.sum() / (goal.pow(2).mean(-1) * weight).mean().clamp_min(1e-12)
         return total / len(self.layers)
 
     def to(self, device: Any) -> "Features":

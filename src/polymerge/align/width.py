@@ -2,7 +2,8 @@
 
 Over the block boundaries accumulate C = E[s sᵀ] of the residual states and F = E[g gᵀ] of the gradients of log p(y)
 with respect to them, y drawn from the expert itself. F is the Fisher information: an error δ at that boundary costs
-½ δᵀ F δ nats of KL to first order. A target that keeps r functionals Aᵀs can say of the rest what regression tells:
+½ δᵀ F δ nats of KL to first order. Readers divide a state by its size, so both are taken relative to it (`heed`). A
+target that keeps r functionals Aᵀs can say of the rest what regression tells:
 with C = LLᵀ and U the eigenvectors of Lᵀ F L, best first, the error tr F·Cov(s | Aᵀs) is least for A = L⁻ᵀ U_r, and is
 the sum of the other eigenvalues (balanced truncation: Moore 1981; both Gramians measured on text here). What is told of
 s is then ŝ = L U_r U_rᵀ L⁻¹ s. The target's slice holds its coordinates in the orthonormal basis Q = qr(L U), so that
@@ -22,9 +23,14 @@ from torch import Tensor
 
 from polymerge.model import decoder
 from polymerge.model.source import Source
+from polymerge.model.spec import Spec
 
 UNSURE, HOTTEST = 1.5, 64.0
 """Nats of entropy that predictions need so that their gradients tell what is heard; the highest temperature."""
+
+
+STEADY = 0.1
+"""Energy of the constant dimension where the stream does not hold everything, relative to all that it does hold."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Basis:
         directions: Q, columns orthonormal; `triangle`: R, with Q R = L U.
         functionals: L⁻ᵀ U: n of them tell all that a slice of n dimensions can.
         scores: sum to 1.
-        fisher_mid: per layer, the Fisher matrix (resid, resid) after its attention; `fisher_out` after its MLP.
+        fisher_mid: per layer, the Fisher matrix (resid, resid) after its attention, for errors that are weighted by
+            `heed`; `fisher_out` after its MLP.
         scale: typical size of the stream's entries, the geometric mean over the boundaries.
     """
 
@@ -81,8 +88,7 @@ def residual_basis(
     temperature = _temperature(source, outer, states, scored)
     upstream = [_sampled_gradient(source, outer, x, scored, generator, temperature) for x in states]
     for x, g in zip(states, upstream, strict=True):
-        _accumulate(present[2 * layers], x)
-        _accumulate(heard[2 * layers], g)
+        _accumulate(present[2 * layers], heard[2 * layers], x, g)
     for index in reversed(range(layers)):
         weights = source.layer(index)
         downstream = []
@@ -91,10 +97,9 @@ def residual_basis(
             with torch.enable_grad():
                 trace = decoder.layer(spec, weights, leaf)
                 at_input, at_mid = torch.autograd.grad(trace.out, (leaf, trace.mid), g)
-            _accumulate(present[2 * index + 1], centred(source, trace.mid.detach()))
-            _accumulate(heard[2 * index + 1], at_mid)
-            _accumulate(present[2 * index], x)
-            _accumulate(heard[2 * index], at_input)
+            mid = centred(source, trace.mid.detach())
+            _accumulate(present[2 * index + 1], heard[2 * index + 1], mid, at_mid)
+            _accumulate(present[2 * index], heard[2 * index], x, at_input)
             downstream.append(at_input)
         upstream = downstream
     count = tokens.numel()
@@ -151,9 +156,22 @@ def _sampled_gradient(
     return gradient
 
 
-def _accumulate(total: Tensor, x: Tensor) -> None:
-    flat = x.flatten(0, -2)
-    total += (flat.T @ flat).double()
+def heed(power: Float[Tensor, "*position"]) -> Float[Tensor, "*position"]:
+    """How much an error counts at each position: 1 / (r² + median r²), mean 1; `power`: r², a state's mean square.
+
+    Whatever reads a state divides it by its size. In trained models single tokens are hundreds of times as large as the
+    rest (massive activations: Sun et al. 2024); unweighted, they would be all that is kept and fitted.
+    """
+    weight = 1 / (power + power.median()).clamp_min(1e-12)
+    return weight / weight.mean()
+
+
+def _accumulate(present: Tensor, heard: Tensor, x: Tensor, g: Tensor) -> None:
+    """Add s sᵀ and g gᵀ over positions, states relative to their size and gradients to its inverse."""
+    root = heed(x.pow(2).mean(-1, keepdim=True)).sqrt()
+    for total, one in ((present, x * root), (heard, g / root)):
+        flat = one.flatten(0, -2)
+        total.add_((flat.T @ flat).double())
 
 
 def _normalised(moments: Tensor) -> Tensor:
@@ -171,6 +189,15 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     directions, triangle = torch.linalg.qr(factor @ rotation)
     functionals = torch.linalg.solve_triangular(factor.T, rotation, upper=True)
     return directions, triangle, functionals, power / power.sum()
+
+
+def has_constant(experts: Sequence[Spec], width: int) -> bool:
+    """Whether a stream of that width keeps one dimension constant.
+
+    For the experts' constants; and where not all of the experts' streams fits, so that the size by which readers divide
+    is steadier than what is left of them.
+    """
+    return any(s.has_constants for s in experts) or width < sum(s.width for s in experts)
 
 
 def allot(bases: Sequence[Basis], width: int, balance: Sequence[float] | None = None, even: float = 0.0) -> list[int]:

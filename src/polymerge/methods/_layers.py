@@ -77,7 +77,7 @@ class LayerFold:
         self.experts = Experts(experts, texts, hosts, batch)
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
-        self.constant = any(e.spec.has_constants for e in experts)
+        self.constant = width.has_constant([e.spec for e in experts], target.width)
         self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
         self.scales = [b.scale / max(other.scale for other in bases) for b in bases]
         self.encoders, self.slices = width.encoders(
@@ -85,7 +85,7 @@ class LayerFold:
         )
         self.mute = knobs.mute
         self.heard = torch.ones_like(texts.scored, dtype=torch.bool)  # positions whose states anything still reads
-        self.state = self.weight = torch.empty(0)
+        self.state = self.weight = self.heed = torch.empty(0)
         agree = torch.stack([(texts.owner == k).to(self.dtype) for k in range(len(experts))])
         self.say = texts.owned.to(self.dtype) * (0.5 + 0.5 * agree[:, :, None])  # weight of each expert where it speaks
         for k in range(len(experts)):
@@ -151,7 +151,9 @@ class LayerFold:
         for k in range(len(self.experts)):
             table += known[k][:, None] * self.experts.vectors(k, target.vocab) @ self.encoders[k]
         if self.constant:
-            table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
+            whole = target.width > sum(e.spec.width for e in self.experts.sources)
+            steady = max(b.scale for b in self.bases) * (width.STEADY * target.width) ** 0.5
+            table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt() if whole else steady
         self.state = F.embedding(texts.tokens, table)
         return table
 
@@ -185,6 +187,7 @@ class LayerFold:
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
             weights |= self._temperatures(weights)
+        self.heed = self._heed()
         writers = _writers.moments(self, lambda rows: self._mixed(wide, weights, rows), total * ratio * size)
         keep = _writers.kept(self, writers, layer, "mid", ratio * size, target.kv_heads)
         for role, per in (("q", ratio * size), ("k", size), ("v", size)):
@@ -223,6 +226,7 @@ class LayerFold:
             f"{role}.weight": torch.cat([*(f.solve(knobs.ridge).to(self.dtype) for f in fits.values()), extra], dim=1).T
             for role, fits, extra in (("gate", gates, spare[0]), ("up", ups, spare[1]))
         }
+        self.heed = self._heed()
         writers = _writers.moments(self, lambda rows: self._hidden(weights, rows), len(weights["up.weight"]))
         keep = _writers.kept(self, writers, layer, "out", 1, target.mlp)
         weights = {role: w[keep].contiguous() for role, w in weights.items()}
@@ -278,6 +282,15 @@ class LayerFold:
     def teacher(self, rows: Tensor) -> Tensor:
         """What the head should say (row, time, vocab): see `Experts.teacher`."""
         return self.experts.teacher(rows, self.target.vocab)
+
+    def _heed(self) -> Tensor:
+        """How much an error of the stream counts at each position (row, time), by the owner's states: `width.heed`."""
+        found = torch.zeros_like(self.texts.owned[0], dtype=self.dtype)
+        for k in range(len(self.experts)):
+            mine = torch.nonzero(self.texts.owner == k).flatten()
+            power = torch.cat([self.experts.state(k, rows).pow(2).mean(-1).cpu() for rows in mine.split(self.batch)])
+            found[mine[:, None], self.heard.nonzero().T] = width.heed(power[:, self.heard])
+        return found
 
     def _off(self, k: int, rows: Tensor) -> Tensor:
         """Weight of a closed gate where expert k has no say (row, time)."""

@@ -55,14 +55,18 @@ class Refine:
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer refined towards the slices' goals; `before` (row, time, width) is the stream that it reads."""
     every = torch.arange(len(before))
-    power = [fold.audible(*fold.goal(k, every))[0].pow(2).mean() for k in range(len(fold.slices))]
+    power = []
+    for k in range(len(fold.slices)):
+        goal, heed = fold.audible(fold.goal(k, every)[0], fold.heed.to(fold.device))
+        power.append((goal.pow(2).mean(-1) * heed).mean())
 
     def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:
-        (out,) = fold.audible(decoder.layer(fold.target, params, before[rows].to(fold.device)).out)
+        out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out
+        out, heed = fold.audible(out, fold.heed[rows].to(out))
         total = out.new_zeros(())
         for k, part in enumerate(fold.slices):
             goal, weight = fold.audible(*fold.goal(k, rows, fitted=fitted))
-            error = ((out[..., part] - goal).pow(2).mean(-1) * weight).mean() / power[k].clamp_min(1e-12)
+            error = ((out[..., part] - goal).pow(2).mean(-1) * heed * weight).mean() / power[k].clamp_min(1e-12)
             total = total + fold.balance[k] * error
         return total
 

@@ -20,20 +20,24 @@ def moments(fold: "LayerFold", features: Callable[[Tensor], Tensor], inputs: int
     """Per expert: moments from hidden features onto what its slice still lacks.
 
     Nearly all positions of a row have one weight for an expert: 1 in its own rows, μ in others'. So one Gram matrix for
-    each owner serves all slices, and only positions that differ (shared beginnings) are counted apart.
+    each owner serves all slices, and only positions that differ (shared beginnings) are counted apart. Each position
+    counts as `LayerFold.heed` says.
     """
     texts = fold.texts
     out = [Moments.zeros(inputs, s.stop - s.start, fold.device) for s in fold.slices]
     shared = torch.zeros(len(fold.slices), inputs, inputs, dtype=torch.float64, device=fold.device)
     for rows in fold.batches():
-        x, state = fold.audible(features(rows), fold.state[rows].to(fold.device))
+        heard = (features(rows), fold.state[rows].to(fold.device), fold.heed[rows, :, None].sqrt().to(fold.device))
+        x, state, root = fold.audible(*heard)
+        x = x * root
         owner, fit = texts.owner[rows], texts.fit[rows]
         for j in owner[fit].unique().tolist():
             mine = x[fit & (owner == j)].flatten(0, 1)
             shared[j] += (mine.T @ mine).double()
         for k, part in enumerate(fold.slices):
             goal, weight = fold.audible(*fold.goal(k, rows))
-            out[k].add_cross(x.flatten(0, 1), (goal - state[..., part]).flatten(0, 1), weight.flatten())
+            lack = (goal - state[..., part]) * root
+            out[k].add_cross(x.flatten(0, 1), lack.flatten(0, 1), weight.flatten())
             usual = torch.where(owner == k, 1.0, fold.mute).to(weight)[:, None] * fit[:, None].to(weight)
             out[k].add_gram(x.flatten(0, 1), (weight - usual).flatten())
     for k, one in enumerate(out):

@@ -12,6 +12,7 @@ import torch
 
 from polymerge.align import depth
 from polymerge.align.heads import placement
+from polymerge.align.width import has_constant
 from polymerge.errors import PreflightError
 from polymerge.methods._layers import as_gated
 from polymerge.model import decoder
@@ -55,7 +56,7 @@ def _together(specs: Mapping[str, Spec], anchor: str, plan: Plan) -> Part:
         yield Finding("warning", "family", f"the result is a {target.family}; the anchor's family is {own}")
     total, low, high = sum(s.width for s in specs.values()), plan.shapes[0].width, plan.shapes[-1].width
     span = str(low) if low == high else f"{low} to {high}"
-    constant = any(s.has_constants for s in specs.values())
+    constant = has_constant(list(specs.values()), low)
     if low < len(specs) + constant:
         raise PreflightError(
             f"size.width: {low} is less than a dimension for each of {len(specs)} experts"
