@@ -40,7 +40,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results/variants.jsonl")
     asked = arguments.parse_args()
     settings = {
-        part: _settings(some) for part in ("fold", "heal", "size") if (some := getattr(asked, part)) is not None
+        part: settings_of(some) for part in ("fold", "heal", "size") if (some := getattr(asked, part)) is not None
     }
     line = json.dumps({"commit": commit(), "case": asked.case, "seed": asked.seed, **settings, **run(asked, settings)})
     print(line)
@@ -48,7 +48,7 @@ def main() -> None:
         lines.write(line + "\n")
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def settings_of(pairs: list[str]) -> dict[str, Any]:
     """KEY=VALUE as YAML reads the value."""
     return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
