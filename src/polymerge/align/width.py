@@ -194,8 +194,8 @@ def _balance(present: Tensor, heard: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 def has_constant(experts: Sequence[Spec], width: int) -> bool:
     """Whether a stream of that width keeps one dimension constant.
 
-    For the experts' constants; and where not all of the experts' streams fits, so that the size by which readers divide
-    is steadier than what is left of them.
+    For the experts' constants; and where not all of the experts' streams fits, since every regression can use one and
+    the size by which readers divide is steadier.
     """
     return any(s.has_constants for s in experts) or width < sum(s.width for s in experts)
 
