@@ -286,7 +286,7 @@ class LayerFold:
     def _heed(self) -> Tensor:
         """How much an error of the stream counts at each position (row, time), by the owner's states: `width.heed`."""
         found = torch.zeros_like(self.texts.owned[0], dtype=self.dtype)
-        for k in range(len(self.experts)):
+        for k in self.texts.owner.unique().tolist():
             mine = torch.nonzero(self.texts.owner == k).flatten()
             power = torch.cat([self.experts.state(k, rows).pow(2).mean(-1).cpu() for rows in mine.split(self.batch)])
             found[mine[:, None], self.heard.nonzero().T] = width.heed(power[:, self.heard])
