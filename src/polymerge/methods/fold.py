@@ -182,11 +182,12 @@ def choose(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Choice:
-    """Shape and knobs by the worst skill of closed-form folds of a few rows; shape again, and balance, by refined ones.
+    """Shape and knobs by the worst skill of closed-form folds of a few rows; both again, and balance, by refined ones.
 
     Few rows in closed form miss the best width by one or two, on either side: so the next ones are tried with more
-    rows and refined, while they gain. How the experts lag behind each other shows only then, too: what few rows cost in
-    closed form is another thing, and the expert that pays more of it may be the other one.
+    rows and refined, while they gain; and the knobs' starts once, for what helps a closed form may hurt a refined fold.
+    How the experts lag behind each other shows only then, too: what few rows cost in closed form is another thing, and
+    the expert that pays more of it may be the other one.
     """
     trials: list[dict[str, Any]] = []
     even, plan = (1.0,) * len(experts), settings.trials
@@ -201,7 +202,7 @@ def choose(
         trials.append({**shape, **asdict(knobs), "rows": len(rows.tokens), "excess": excess, "worst": max(excess)})
         return excess
 
-    knobs = replace(Knobs(), **settings.given)
+    start = knobs = replace(Knobs(), **settings.given)
     free = {name: grid for name, grid in GRIDS.items() if name not in settings.given}
     if len(experts) == 1 or (len(shapes) == 1 and not free):
         return Choice(shapes[-1], knobs, even)
@@ -218,6 +219,8 @@ def choose(
     more = texts.subset(plan.refined(len(experts)), plan.refined_held_out)
     refined = replace(closed, steps=min(plan.steps, settings.refine.steps))
     at, lag = walk(shapes, shapes.index(target), lambda spec: tried(spec, knobs, more, refined), BETTER)
+    if knobs != start and max(found := tried(shapes[at], start, more, refined)) < max(lag):
+        knobs, lag = start, found
     return Choice(shapes[at], knobs, balanced(lag, BALANCE_MOST), trials)
 
 

@@ -91,7 +91,7 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     one = 2.0 * (experts + size + moments + target.vocab * (target.width + sum(s.width for s in specs)))
     settings = Settings.of(recipe.fold)
     tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
-    refined = min(3, len(plan.shapes))  # the one that few rows chose, and a neighbour on each side
+    refined = min(3, len(plan.shapes)) + (knobs > 0)  # what few rows chose, a neighbour on each side, knobs as at first
     trials, steps = 0, settings.refine.most(recipe.fold.refine, tokens // recipe.fold.length)
     if k > 1 and tried is not None:
         rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
