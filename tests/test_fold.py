@@ -172,7 +172,7 @@ def test_how_loud_an_expert_is_changes_nothing(save_model, tmp_path):
 
 
 def test_tokens_with_huge_states_are_not_all_that_is_fitted(save_model, tmp_path):
-    """Massive activations: of one token, from the first MLP to the last, in a direction that nothing else uses."""
+    """Massive activations: of one token, from its embedding on, in a direction that no other embedding uses."""
     pair = [expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", "qwen2")]
     data, token = texts(2), 3
     family, (target,) = shape(pair, width=40, heads=6, mlp=48)

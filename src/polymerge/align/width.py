@@ -27,8 +27,6 @@ from polymerge.model.spec import Spec
 
 UNSURE, HOTTEST = 1.5, 64.0
 """Nats of entropy that predictions need so that their gradients tell what is heard; the highest temperature."""
-
-
 STEADY = 0.1
 """Energy of the constant dimension where the stream does not hold everything, relative to all that it does hold."""
 

@@ -151,9 +151,10 @@ class LayerFold:
         for k in range(len(self.experts)):
             table += known[k][:, None] * self.experts.vectors(k, target.vocab) @ self.encoders[k]
         if self.constant:
-            whole = target.width > sum(e.spec.width for e in self.experts.sources)
-            steady = max(b.scale for b in self.bases) * (width.STEADY * target.width) ** 0.5
-            table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt() if whole else steady
+            if target.width > sum(e.spec.width for e in self.experts.sources):  # all fits: no louder than needed
+                table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
+            else:
+                table[:, 0] = max(b.scale for b in self.bases) * (width.STEADY * target.width) ** 0.5
         self.state = F.embedding(texts.tokens, table)
         return table
 
