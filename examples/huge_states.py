@@ -55,7 +55,7 @@ def main() -> None:
         wanted = recipe.parse({
             "method": "fold", "anchor": "shakespeare", "dtype": "float32", "fold": settings_of(asked.fold),
             "size": {"params": sum(one.record["parameters"] for one in experts.values())},
-            "experts": {n: {"model": str(folders[n]), "text": str(one.text)} for n, one in experts.items()},
+            "experts": {n: {"model": str(folders[n]), "text": list(map(str, one.texts))} for n, one in experts.items()},
         })  # fmt: skip
         done = merge(wanted, Path(scratch) / "out")
         model, owners = load_student(Path(scratch) / "out"), {n: load_student(f) for n, f in folders.items()}

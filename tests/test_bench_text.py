@@ -29,10 +29,11 @@ def texts(tmp_path) -> Path:
     folder = tmp_path / "texts"
     folder.mkdir()
     for name, domain in DOMAINS.items():
-        lines = [f"{name} says {i * 7919 % 1009} and then {i * i % 97} for the {i}th time" for i in range(1200)]
-        if domain.file.endswith(".jsonl"):
-            lines = [json.dumps({domain.field: f"{a}\n{b}"}) for a, b in zip(lines[::2], lines[1::2], strict=True)]
-        (folder / domain.file).write_text("\n".join(lines) + "\n")
+        for file in domain.files:
+            lines = [f"{name} says {i * 7919 % 1009} and then {i * i % 97} for the {i}th time" for i in range(1200)]
+            if file.endswith(".jsonl"):
+                lines = [json.dumps({domain.field: f"{a}\n{b}"}) for a, b in zip(lines[::2], lines[1::2], strict=True)]
+            (folder / file).write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -41,8 +42,9 @@ def texts(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_plan_is_a_model_that_the_tool_reads(name, tmp_path):
-    model = text_experts.model_of(PLANS[name], 0)
-    assert 0.5e6 < model.num_parameters() < 1.5e6
+    model, size = text_experts.model_of(PLANS[name], 0), PLANS[name].size
+    about = float(size.removesuffix("m")) * 1e6 if size else 1e6
+    assert 0.5 * about < model.num_parameters() < 1.5 * about
     model.save_pretrained(tmp_path)
     spec, plan = Source(tmp_path).spec, PLANS[name]
     assert (spec.family, spec.layers, spec.width, spec.heads) == (plan.family, plan.layers, plan.width, plan.heads)
@@ -73,10 +75,11 @@ def test_an_expert_is_trained_once_and_never_on_held_out_text(texts, tmp_path, m
     seen: list[str] = []
     real, real_tokenizer = lm.stream, lm.make_tokenizer
     monkeypatch.setattr(lm, "stream", lambda tokenizer, some: seen.extend(some) or real(tokenizer, some))
-    monkeypatch.setattr(lm, "make_tokenizer", lambda some: seen.extend(some) or real_tokenizer(some))
+    monkeypatch.setattr(lm, "make_tokenizer", lambda some, size: seen.extend(some) or real_tokenizer(some, size))
     make = lambda: Workshop(texts, 0, training=SHORT, cache=tmp_path / "cache")  # noqa: E731
     first = make().expert(PLANS["stories"])
-    held = {d for name in DOMAINS for part in ("validation", "test") for d in getattr(make().skill(name), part)}
+    skills = [make().skill(name) for name in text_experts.speech_of("stories")[1].domains]
+    held = {d for skill in skills for d in (*skill.validation, *skill.test)}
     assert seen
     assert not held & set(seen)
     assert not {d[:40] for d in held} & {s[:40] for s in seen}
@@ -101,10 +104,10 @@ def test_a_tuned_expert_starts_from_its_base(texts, tmp_path, monkeypatch):
 
 def test_another_text_or_seed_is_another_expert(texts, tmp_path):
     def spoken(seed: int) -> Path:
-        return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer()
+        return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer("wiki")
 
     found = [spoken(0), spoken(1)]
-    with (texts / DOMAINS["wiki"].file).open("a") as file:
+    with (texts / DOMAINS["wiki"].files[0]).open("a") as file:
         file.write("one line more\n")
     assert len({*found, spoken(0)}) == 3
 
@@ -133,7 +136,9 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     assert axes == [*text_experts.AXES, "bases"]
     assert {3, 4} <= {len(c.detail.experts) for c in cases}
     named = {name for case in cases for name in case.detail.experts}
-    assert named | {PLANS[n].base for n in named} - {""} == set(PLANS)
+    larger = {name for case in text.cases("large") for name in case.detail.experts}
+    assert named | larger | {PLANS[n].base for n in named} - {""} == set(PLANS)
+    assert {PLANS[name].size for name in larger} == set(text_experts.TRAININGS)
     assert len({PLANS[n].family for n in named}) == 6
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}

@@ -9,6 +9,8 @@ import pytest
 import torch.utils.backend_registration
 from conftest import save_tiny_model
 
+from polymerge.methods._experts import home
+
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot make a device believe that it is there",
@@ -40,6 +42,9 @@ MERGE = """
 import polymerge
 from polymerge import recipe
 polymerge.merge
+from polymerge.methods import _experts
+if given["roomy"]:
+    _experts.home = lambda place, _: place
 inner = sys.modules["polymerge.merge"]
 for method, changes in given["merges"].items():
     asked, found = recipe.parse({**given["recipe"], "method": method, **changes}), {}
@@ -86,7 +91,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def merge(folder, families, merges, size):
+def merge(folder, families, merges, size, *, roomy=False):
     small = {"num_attention_heads": 2, "intermediate_size": 16}
     for seed, (name, family) in enumerate(families.items()):
         more = {"num_key_value_heads": 2} if family == "llama" else {}
@@ -101,7 +106,8 @@ def merge(folder, families, merges, size):
         MERGE,
         recipe={"anchor": "prose", "experts": experts, "size": size, "fold": fold},
         merges=merges,
-        out=str(folder),
+        out=str(folder / ("roomy" if roomy else "crowded")),
+        roomy=roomy,
     )
 
 
@@ -109,9 +115,16 @@ def test_the_make_believe_device_refuses_what_cuda_refuses():
     run(REFUSED)
 
 
-def test_fold_of_two_families_and_healing(folder):
+@pytest.mark.parametrize("roomy", [False, True])
+def test_fold_of_two_families_and_healing(folder, roomy):
     heal = {"tokens": 64, "batch_rows": 2, "length": 16}
-    merge(folder, {"prose": "llama", "code": "gpt_neox"}, {"fold": {"heal": heal}}, {**SHAPE, "heads": 3})
+    merge(folder, {"prose": "llama", "code": "gpt_neox"}, {"fold": {"heal": heal}}, {**SHAPE, "heads": 3}, roomy=roomy)
+
+
+def test_states_stay_on_the_cpu_without_a_gpu_with_room(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (400, 1000))
+    assert (home(gpu, 99), home(gpu, 100), home(cpu, 1)) == (gpu, cpu, cpu)
 
 
 def test_every_rival(folder):

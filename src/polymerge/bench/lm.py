@@ -26,7 +26,10 @@ WARM_UP, DECAY = 0.02, 0.40
 
 @dataclass(frozen=True)
 class Training:
-    """Tokens read in all, rows of `context` tokens in batches of `batch`; `checks`: how often it is validated."""
+    """Tokens read in all, rows of `context` tokens in batches of `batch`; `checks`: how often it is validated.
+
+    `half`: forward passes under bfloat16 autocast.
+    """
 
     tokens: int = 1_600_000
     context: int = 256
@@ -34,6 +37,7 @@ class Training:
     lr: float = 2e-3
     weight_decay: float = 0.1
     checks: int = 12
+    half: bool = False
 
     @property
     def steps(self) -> int:
@@ -120,7 +124,8 @@ def train(
             group["lr"] = settings.lr * rate_at((step - 0.5) / settings.steps)
         starts = torch.randint(len(tokens) - settings.context, (settings.batch,), generator=generator)
         batch = tokens[starts[:, None] + torch.arange(settings.context + 1)].to(device)
-        logits = model(batch[:, :-1], use_cache=False).logits
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.half):
+            logits = model(batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

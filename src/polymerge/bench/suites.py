@@ -8,7 +8,7 @@ from polymerge.bench.methods import Bed, Case
 from polymerge.errors import PolymergeError
 
 SUITES = ("modular", "text")
-PROFILES = ("quick", "medium", "full")
+PROFILES = ("quick", "medium", "full", "large")
 Make = Callable[[Case, int, str, Path, Path, Callable[[str], None]], Bed]
 """(case, seed, device, own scratch folder, folder shared with other processes, listener) -> bed."""
 

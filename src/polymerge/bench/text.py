@@ -6,7 +6,8 @@ Shakespeare and Python that differ in one axis at a time, or were tuned from a c
 pairs over other domains; two pairs with little text to merge by; three and four experts at once. The fold is
 `polymerge.merge` itself; every distilled method heals on the same tokens with the same grid of learning rates, the rate
 chosen by the worst skill on validation text. `medium`: full's cases at the sum of sizes, and the one with a common
-base, with a quarter of its healing, for one CPU.
+base, with a quarter of its healing, for one CPU. `large`: one pair of domains at three sizes, up to 100 million
+parameters an expert, for a GPU.
 """
 
 import math
@@ -74,6 +75,9 @@ SCARCE = ((0, True), (2_048, False), (2_048, True), (8_192, False), (32_768, Fal
 """Tokens of real text, and whether the experts write more."""
 ABOUT_WEIGHTS = ("placebo", "shrink")
 """Controls that say what the other experts' weights are worth: nothing that depends on how much text there is."""
+LARGE: dict[str, Any] = {"heal_tokens": 800_000, "lrs": (2.5e-4, 5e-4, 1e-3)}
+"""Larger models want more tokens and lower rates."""
+SIZES = ("5m", "27m", "100m")
 MORE = (
     ("shakespeare", "python/all", "gsm8k"),
     ("stories", "rust", "wiki"),
@@ -85,6 +89,10 @@ def cases(profile: str) -> list[Case]:
     """In `quick` one pair at one size; in `full` it at four sizes, the axes, other pairs, three and four experts."""
     if profile == "quick":
         return [Case("prose+code/1.5x", "text", Detail(**QUICK))]
+    if profile == "large":
+        sizes = [(size, budget) for budget in ("sum", "1.0x") for size in SIZES]
+        found = [_trained((f"books/{size}", f"programs/{size}"), budget, size) for size, budget in sizes]
+        return [replace(case, detail=replace(case.detail, axis="", **LARGE)) for case in found]
     found = [Case(f"prose+code/{b}", "text", Detail(budget=b, **FULL)) for b in ("1.0x", "sum", "1.5x", "union")]
     found += [_trained(("shakespeare", f"python/{axis}"), "sum", axis) for axis in text_experts.AXES]
     found += [_trained(("shakespeare", f"python/{axis}"), "1.0x", axis) for axis in ("seed", "all")]
@@ -115,7 +123,9 @@ def _scarce(names: tuple[str, ...], text: int, written: bool) -> Case:
 
 def lacking(case: Case, texts: Path | None) -> str:
     """What a case needs and has not, in one line; empty where nothing is missing."""
-    return text_experts.lacking(texts) if case.detail.experts else ""
+    domains = {text_experts.PLANS[name].domain for name in case.detail.experts}
+    speeches = {text_experts.speech_of(domain)[1] for domain in domains}
+    return "; ".join(filter(None, (text_experts.lacking(texts, speech) for speech in speeches)))
 
 
 @dataclass(frozen=True)
@@ -123,15 +133,15 @@ class Given:
     """An expert's model and texts (`key`: of their records), what its training took, and what it was tuned from."""
 
     model: Path
-    text: Path
+    texts: tuple[Path, ...]
     key: str = "text"
     record: Mapping[str, Any] = field(default_factory=dict)
     base: Path | None = None
 
     @property
-    def recipe(self) -> dict[str, str]:
+    def recipe(self) -> dict[str, Any]:
         """The recipe's entry."""
-        return {"model": str(self.model), "text": str(self.text), "field": self.key}
+        return {"model": str(self.model), "text": list(map(str, self.texts)), "field": self.key}
 
 
 def given(
@@ -140,14 +150,14 @@ def given(
     """Skill -> expert of a case; trained now where the cache has none. Raises PreflightError without the texts."""
     if not detail.experts:
         write_heldout(place / "text")
-        return {name: Given(path, place / "text" / f"{name}.txt") for name, path in EXPERTS.items()}
+        return {name: Given(path, (place / "text" / f"{name}.txt",)) for name, path in EXPERTS.items()}
     workshop, found = text_experts.Workshop(texts, seed, device=device, progress=progress), {}
     for name in detail.experts:
         plan = text_experts.PLANS[name]
         expert = workshop.expert(plan)
         record = {key: expert.record[key] for key in ("tokens", "stream", "best_val_bpb", "cpu_seconds")}
         base = workshop.expert(text_experts.PLANS[plan.base]).folder if plan.base else None
-        found[plan.domain] = Given(expert.folder, expert.text, expert.field, record, base)
+        found[plan.domain] = Given(expert.folder, expert.texts, expert.field, record, base)
     return found
 
 

@@ -1,9 +1,10 @@
 """The text suite's experts: small language models, each trained on one domain of a user's folder of texts.
 
 They are build products, kept in the cache under a hash of all that they depend on: plan, texts, split, tokenizer, seed
-and training. One byte-level BPE of 1,024 tokens is trained on about as much of each domain and shared by all. An
-expert and the tokenizer read the calibration part of the split alone (`calibrate.texts.read_skill` with the case's
-seed), the very split of the merge: nobody has read the validation and test parts.
+and training. A byte-level BPE is trained on about as much of each domain and shared by their experts: 1,024 tokens for
+the six small domains, 8,192 for the two large ones, whose experts have up to 100 million parameters. An expert and the
+tokenizer read the calibration part of the split alone (`calibrate.texts.read_skill` with the case's seed), the very
+split of the merge: nobody has read the validation and test parts.
 """
 
 import hashlib
@@ -31,6 +32,11 @@ RECIPE_VERSION = 1
 """Part of the cache's key: raise it when training changes in a way that the settings don't show."""
 TUNING = lm.Training(tokens=800_000, lr=1e-3)
 """Of experts that start from a base: half the tokens at half the rate."""
+TRAININGS = {
+    size: lm.Training(tokens=8_000_000, batch=32, lr=lr, half=True)
+    for size, lr in (("5m", 2e-3), ("27m", 1e-3), ("100m", 5e-4))
+}
+"""Of experts of the large domains, which have about two million tokens each: the larger, the slower."""
 TOKENIZER_CHARACTERS = 400_000
 """Of each domain, for the tokenizer."""
 HELD_BACK, HELD_ROWS = 16, 48
@@ -39,27 +45,49 @@ HELD_BACK, HELD_ROWS = 16, 48
 
 @dataclass(frozen=True)
 class Domain:
-    """A file of the texts' folder; `field`: the key of its records, if it has records."""
+    """Files of the texts' folder; `field`: the key of their records, if they have records."""
 
-    file: str
+    files: tuple[str, ...]
     field: str = "text"
 
 
 DOMAINS = {
-    "shakespeare": Domain("shakespeare.txt"),
-    "python": Domain("code-python.txt"),
-    "gsm8k": Domain("gsm8k-train.jsonl", "answer"),
-    "stories": Domain("tinystories.jsonl"),
-    "rust": Domain("code-rust.txt"),
-    "wiki": Domain("wikitext2-valid.txt"),
+    "shakespeare": Domain(("shakespeare.txt",)),
+    "python": Domain(("code-python.txt",)),
+    "gsm8k": Domain(("gsm8k-train.jsonl",), "answer"),
+    "stories": Domain(("tinystories.jsonl",)),
+    "rust": Domain(("code-rust.txt",)),
+    "wiki": Domain(("wikitext2-valid.txt",)),
+    "books": Domain(("darwin.txt", "sherlock.txt")),
+    "programs": Domain(("code-java.txt", "code-python.txt", "code-rust.txt")),
 }
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
-    """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples.
+class Speech:
+    """The tokenizer that the experts of some domains share."""
 
-    `base`: the plan, in `PLANS`, of the model that it is tuned from; none: random weights.
+    domains: tuple[str, ...]
+    vocabulary: int
+
+
+SPEECHES = {
+    "text-tokenizer": Speech(("shakespeare", "python", "gsm8k", "stories", "rust", "wiki"), lm.VOCABULARY),
+    "large-text-tokenizer": Speech(("books", "programs"), 8 * lm.VOCABULARY),
+}
+
+
+def speech_of(domain: str) -> tuple[str, Speech]:
+    """The tokenizer of a domain's experts, and its name."""
+    return next((name, speech) for name, speech in SPEECHES.items() if domain in speech.domains)
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples, or to 64.
+
+    `base`: the plan, in `PLANS`, of the model that it is tuned from; none: random weights. `size`: its training, in
+    `TRAININGS`; none: the usual one.
     """
 
     domain: str
@@ -70,6 +98,7 @@ class ExpertPlan:
     kv_heads: int
     mlp: int
     base: str = ""
+    size: str = ""
 
     @property
     def name(self) -> str:
@@ -97,6 +126,13 @@ PLANS = {
     "shakespeare/tuned": ExpertPlan("shakespeare", "llama", 4, 96, 4, 4, 256, "wiki/base"),
     "python/tuned": ExpertPlan("python", "llama", 4, 96, 4, 4, 256, "wiki/base"),
     "python/wide-tuned": ExpertPlan("python", "llama", 4, 144, 6, 6, 384, "wiki/wide-base"),
+    # Two families at three sizes, heads of 64 as models of these sizes have.
+    "books/5m": ExpertPlan("books", "llama", 4, 192, 3, 3, 512, size="5m"),
+    "books/27m": ExpertPlan("books", "llama", 8, 448, 7, 7, 1216, size="27m"),
+    "books/100m": ExpertPlan("books", "llama", 12, 768, 12, 12, 2048, size="100m"),
+    "programs/5m": ExpertPlan("programs", "qwen3", 6, 192, 3, 1, 448, size="5m"),
+    "programs/27m": ExpertPlan("programs", "qwen3", 12, 384, 6, 2, 1024, size="27m"),
+    "programs/100m": ExpertPlan("programs", "qwen3", 16, 640, 10, 5, 1920, size="100m"),
 }
 """Every expert that a case can name. Width grows by heads of one size, as it does in families of models."""
 AXES = ("seed", "depth", "width", "heads", "family", "all")
@@ -109,9 +145,9 @@ def texts_folder(asked: Path | None = None) -> Path | None:
     return asked or (Path(named) if named else None)
 
 
-def lacking(texts: Path | None) -> str:
-    """What is missing for experts to be trained, in one line; empty if nothing is."""
-    names = [domain.file for domain in DOMAINS.values()]
+def lacking(texts: Path | None, speech: Speech) -> str:
+    """What is missing for experts of a tokenizer to be trained, in one line; empty if nothing is."""
+    names = [file for domain in speech.domains for file in DOMAINS[domain].files]
     if texts is None:
         return f"needs a folder with {', '.join(names)}: name it in {VARIABLE} or by --texts"
     missing = [name for name in names if not (texts / name).is_file()]
@@ -123,13 +159,13 @@ class Expert:
     """A trained expert: its checkpoint, its skill's texts, and the record of its training."""
 
     folder: Path
-    text: Path
+    texts: tuple[Path, ...]
     field: str
     record: Mapping[str, Any]
 
 
 class Workshop:
-    """Trains what the cache lacks, for one folder of texts and one seed. Raises PreflightError without the texts."""
+    """Trains what the cache lacks, for one folder of texts and one seed."""
 
     def __init__(
         self,
@@ -141,54 +177,58 @@ class Workshop:
         device: str = "cpu",
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if texts is None or lacking(texts):
-            raise PreflightError(lacking(texts))
         self.texts, self.seed, self.device, self.progress = texts, seed, device, progress
         self.training, self.cache = training or lm.Training(), cache or cache_folder()
         self.skills: dict[str, Skill] = {}
 
     def skill(self, domain: str) -> Skill:
-        """A domain's texts, split as every merge with this seed splits them."""
+        """A domain's texts, split as every merge with this seed splits them. Raises PreflightError: they lack."""
         if domain not in self.skills:
-            place = DOMAINS[domain]
-            self.skills[domain] = read_skill(domain, [self.texts / place.file], field=place.field, seed=self.seed)
+            if why := lacking(self.texts, speech_of(domain)[1]):
+                raise PreflightError(why)
+            self.skills[domain] = read_skill(domain, self._files(domain), field=DOMAINS[domain].field, seed=self.seed)
         return self.skills[domain]
 
-    def tokenizer(self) -> Path:
-        """The folder of the tokenizer that all experts share."""
-        digests = {domain: self.skill(domain).digest() for domain in DOMAINS}
-        depends = {"version": RECIPE_VERSION, "vocabulary": lm.VOCABULARY, "skills": digests}
+    def tokenizer(self, domain: str) -> Path:
+        """The folder of the tokenizer that a domain's experts share with others."""
+        name, speech = speech_of(domain)
+        digests = {each: self.skill(each).digest() for each in speech.domains}
+        depends = {"version": RECIPE_VERSION, "vocabulary": speech.vocabulary, "skills": digests}
 
         def make(folder: Path) -> None:
             some: list[str] = []
-            for domain in DOMAINS:
+            for each in speech.domains:
                 left = TOKENIZER_CHARACTERS
-                for document in self.skill(domain).calibration:
+                for document in self.skill(each).calibration:
                     some.append(document[:left])
                     left -= len(document)
                     if left <= 0:
                         break
-            lm.make_tokenizer(some).save_pretrained(folder)
+            lm.make_tokenizer(some, speech.vocabulary).save_pretrained(folder)
 
-        return self._kept("text-tokenizer", depends, make)
+        return self._kept(name, depends, make)
 
     def expert(self, plan: ExpertPlan) -> Expert:
         """An expert; trained now unless the cache has it."""
-        place, spoken = DOMAINS[plan.domain], self.tokenizer()
+        spoken = self.tokenizer(plan.domain)
         base = self.expert(PLANS[plan.base]).folder if plan.base else None
         described = asdict(plan) | ({"base": base.name} if base else {})
         depends = {
-            "version": RECIPE_VERSION, "plan": {key: value for key, value in described.items() if value},
-            "seed": self.seed, "training": asdict(self._training(plan)),
+            "version": RECIPE_VERSION, "plan": _told(described),
+            "seed": self.seed, "training": _told(asdict(self._training(plan))),
             "skill": self.skill(plan.domain).digest(),
             "tokenizer": hashlib.sha256((spoken / "tokenizer.json").read_bytes()).hexdigest(),
         }  # fmt: skip
         folder = self._kept(plan.name, depends, lambda made: self._train(plan, base, spoken, made, depends))
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        return Expert(folder, self.texts / place.file, place.field, record)
+        return Expert(folder, tuple(self._files(plan.domain)), DOMAINS[plan.domain].field, record)
+
+    def _files(self, domain: str) -> list[Path]:
+        assert self.texts is not None  # or the domain's skill was refused
+        return [self.texts / file for file in DOMAINS[domain].files]
 
     def _training(self, plan: ExpertPlan) -> lm.Training:
-        return TUNING if plan.base else self.training
+        return TUNING if plan.base else TRAININGS[plan.size] if plan.size else self.training
 
     def _train(
         self, plan: ExpertPlan, base: Path | None, spoken: Path, folder: Path, depends: Mapping[str, Any]
@@ -225,12 +265,17 @@ class Workshop:
         return folder
 
 
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that say anything: a key that came later changes no older product's hash."""
+    return {key: value for key, value in settings.items() if value}
+
+
 def model_of(plan: ExpertPlan, seed: int) -> Any:
     """The plan's model in float32 with random weights, as transformers draws them from the seed."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = CONFIG_MAPPING[plan.family](vocab_size=lm.VOCABULARY, **special, **shape(plan))
+    config = CONFIG_MAPPING[plan.family](vocab_size=speech_of(plan.domain)[1].vocabulary, **special, **shape(plan))
     # Experts of one architecture must not share their initialisation.
     own = int(hashlib.sha256(f"{plan.name} {seed}".encode()).hexdigest()[:8], 16)
     with torch.random.fork_rng():

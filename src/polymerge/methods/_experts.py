@@ -1,7 +1,7 @@
 """The experts of a fold on its calibration rows: the state of each, moved through what one target layer hosts of it.
 
-States live on the CPU, whole, each in its expert's own tokens: (row, own time, resid). Batches of rows go to the
-device; only the layers that one target layer hosts are there at a time.
+States are kept whole, each in its expert's own tokens: (row, own time, resid), on the device where there is plenty of
+room, else on the CPU. Batches of rows go to the device; only the layers that one target layer hosts are there at once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,15 @@ Present = Mapping[At, dict[str, Tensor]]
 
 
 class Experts:
-    """`hosts[k][i]`: the target layer of expert k's layer i."""
+    """`hosts[k][i]`: the target layer of expert k's layer i; `width`: the target's, whose states are kept beside."""
 
     def __init__(
-        self, sources: Sequence[Source], texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int
+        self, sources: Sequence[Source], texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int, width: int
     ) -> None:
         self.sources, self.texts, self.hosts, self.batch = sources, texts, hosts, batch
         self.device, self.dtype = sources[0].device, sources[0].dtype
+        numbers = texts.tokens.numel() * (4 * sum(s.spec.width for s in sources) + 3 * width)
+        self.home = home(torch.device(self.device), numbers * self.dtype.itemsize)
         self.outers = [source.outer() for source in sources]
         self.states = [self._embedded(k) for k in range(len(sources))]
         self._inside: dict[At, tuple[Tensor, Tensor]] = {}  # a layer's states: before and after its attention
@@ -62,7 +64,7 @@ class Experts:
                 n = decoder.normalise(source.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
                 q, key, v = decoder.project_heads(source.spec, weights, n)
                 written = decoder.linear(weights, "o", decoder.attend(source.spec, q, key, v))
-                mid[rows, :own] = width.centred(source, x + written).cpu()
+                mid[rows, :own] = width.centred(source, x + written).to(self.home)
                 yield (k, i), rows, time, (q, key, v)
             self._inside[k, i] = start, mid
             if (k, i + 1) in present:
@@ -137,20 +139,27 @@ class Experts:
         tokens = self.texts.tokens if foreign is None else foreign[0].tokens
         with torch.no_grad():
             return torch.cat([
-                width.centred(source, decoder.embed(source.spec, self.outers[k], some.to(self.device))).cpu()
+                width.centred(source, decoder.embed(source.spec, self.outers[k], some.to(self.device))).to(self.home)
                 for some in tokens.split(self.batch)
             ])  # fmt: skip
 
     def _fed(self, at: At, weights: dict[str, Tensor], rows: Tensor, own: int) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gate and up of an MLP, and the state behind it, on the CPU; over the first `own` tokens of the rows."""
+        """Gate and up of an MLP, and the state behind it, at home; over the first `own` tokens of the rows."""
         source, (start, mid) = self.sources[at[0]], self._inside[at]
         x = mid[rows, :own].to(self.device)
         read = start[rows, :own].to(self.device) if source.spec.parallel else x
         n = decoder.normalise(source.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
         gate, up, hidden = decoder.feed_forward(source.spec, weights, n)
-        return gate, up, width.centred(source, x + decoder.linear(weights, "down", hidden)).cpu()
+        out = width.centred(source, x + decoder.linear(weights, "down", hidden))
+        return gate, up, out.to(self.home)
 
     def _own_time(self, k: int, rows: Tensor, time: int) -> int:
         """How many of its own tokens expert k reads in the first `time` positions of these rows."""
         foreign = self.texts.reading(k)
         return time if foreign is None else max(1, int(foreign[0].last[rows, :time].max()) + 1)
+
+
+def home(device: torch.device, size: int) -> torch.device:
+    """Where states of so many bytes are kept: on a GPU if they take less than a quarter of what is free there."""
+    roomy = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 4
+    return device if roomy else torch.device("cpu")

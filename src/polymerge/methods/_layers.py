@@ -1,7 +1,7 @@
 """The fold's engine: one target, layer by layer, in closed form and closed loop (see `fold.py` for the method).
 
-The target's states (row, time, width) live on the CPU, whole, as the experts' do (`_experts.py`). Batches of rows go
-to the device; one layer of each model is there at a time.
+The target's states (row, time, width) are kept whole where the experts' are (`_experts.py`). Batches of rows go to the
+device; one layer of each model is there at a time.
 """
 
 from bisect import bisect_right
@@ -74,7 +74,7 @@ class LayerFold:
         self.device, self.dtype = experts[0].device, experts[0].dtype
         self.generator = torch.Generator().manual_seed(seed)
         hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
-        self.experts = Experts(experts, texts, hosts, batch)
+        self.experts = Experts(experts, texts, hosts, batch, target.width)
         self.placements = [placement(e.spec, target) for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = width.has_constant([e.spec for e in experts], target.width)
@@ -155,7 +155,7 @@ class LayerFold:
                 table[:, 0] = table[texts.tokens[texts.fit]].pow(2).mean().sqrt()
             else:
                 table[:, 0] = max(b.scale for b in self.bases) * (width.STEADY * target.width) ** 0.5
-        self.state = F.embedding(texts.tokens, table)
+        self.state = F.embedding(texts.tokens, table).to(self.experts.home)
         return table
 
     def attention(self, layer: int, present: Present) -> dict[str, Tensor]:
@@ -256,8 +256,8 @@ class LayerFold:
         yield from torch.arange(len(self.texts.tokens)).split(self.batch)
 
     def stream(self, make: Make) -> Tensor:
-        """A state of all rows, on the CPU, made batch by batch."""
-        return torch.cat([make(rows).cpu() for rows in self.batches()])
+        """A state of all rows, at home, made batch by batch."""
+        return torch.cat([make(rows).to(self.experts.home) for rows in self.batches()])
 
     def normalised(self, rows: Tensor, time: int | None = None) -> Tensor:
         """The target's normed stream: what its readers and its head see."""
