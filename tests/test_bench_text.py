@@ -14,7 +14,7 @@ from polymerge.bench.methods import Case
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
 from polymerge.calibrate import written
 from polymerge.calibrate.texts import first
-from polymerge.errors import PreflightError
+from polymerge.errors import PolymergeError, PreflightError
 from polymerge.model.source import Source
 from polymerge.model.target import load_student
 from polymerge.recipe import Fold
@@ -116,6 +116,13 @@ def test_training_is_deterministic(texts, tmp_path):
     made = [Workshop(texts, 0, training=SHORT, cache=tmp_path / name).expert(PLANS["stories"]) for name in "ab"]
     one, other = ((e.folder / "model.safetensors").read_bytes() for e in made)
     assert one == other
+
+
+def test_training_that_diverges_says_so(texts, tmp_path):
+    workshop = Workshop(texts, 0, training=replace(SHORT, lr=1e30), cache=tmp_path / "cache")
+    with pytest.raises(PolymergeError, match="no finite loss in 8 steps"):
+        workshop.expert(PLANS["stories"])
+    assert not [folder for folder in (tmp_path / "cache").iterdir() if "stories" in folder.name and folder.is_dir()]
 
 
 def test_products_are_counted_forwards_and_backwards():

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from polymerge.calibrate.packing import Rows
+from polymerge.errors import PolymergeError
 from polymerge.evaluate import bits_per_byte
 
 VOCABULARY = 1024
@@ -26,10 +27,7 @@ WARM_UP, DECAY = 0.02, 0.40
 
 @dataclass(frozen=True)
 class Training:
-    """Tokens read in all, rows of `context` tokens in batches of `batch`; `checks`: how often it is validated.
-
-    `half`: forward passes under bfloat16 autocast.
-    """
+    """Tokens read in all, rows of `context` tokens in batches of `batch`; `checks`: how often it is validated."""
 
     tokens: int = 1_600_000
     context: int = 256
@@ -37,7 +35,6 @@ class Training:
     lr: float = 2e-3
     weight_decay: float = 0.1
     checks: int = 12
-    half: bool = False
 
     @property
     def steps(self) -> int:
@@ -111,7 +108,10 @@ def train(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train a model in place to its best state on held-out rows; what it took and its curve, JSON-ready."""
+    """Train a model in place to its best state on held-out rows; what it took and its curve, JSON-ready.
+
+    Raises PolymergeError: it never had a finite loss there.
+    """
     generator = torch.Generator().manual_seed(seed)
     model.to(device).train()
     optimizer = optimizer_for(model, settings.lr, settings.weight_decay)
@@ -124,8 +124,7 @@ def train(
             group["lr"] = settings.lr * rate_at((step - 0.5) / settings.steps)
         starts = torch.randint(len(tokens) - settings.context, (settings.batch,), generator=generator)
         batch = tokens[starts[:, None] + torch.arange(settings.context + 1)].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.half):
-            logits = model(batch[:, :-1], use_cache=False).logits
+        logits = model(batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,6 +141,10 @@ def train(
         curve.append({"step": step, "tokens": read, "train_loss": sum(losses) / len(losses), "val_bpb": score})
         losses = []
         progress(f"{read:,} tokens, {score:.3f} bits per byte")
+    if not state:
+        raise PolymergeError(
+            f"training: no finite loss in {settings.steps} steps; expected a rate below {settings.lr:g}"
+        )
     model.load_state_dict(state)
     model.eval()
     return {

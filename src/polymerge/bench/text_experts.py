@@ -33,8 +33,7 @@ RECIPE_VERSION = 1
 TUNING = lm.Training(tokens=800_000, lr=1e-3)
 """Of experts that start from a base: half the tokens at half the rate."""
 TRAININGS = {
-    size: lm.Training(tokens=8_000_000, batch=32, lr=lr, half=True)
-    for size, lr in (("5m", 2e-3), ("27m", 1e-3), ("100m", 5e-4))
+    size: lm.Training(tokens=8_000_000, batch=32, lr=lr) for size, lr in (("5m", 2e-3), ("27m", 1e-3), ("100m", 5e-4))
 }
 """Of experts of the large domains, which have about two million tokens each: the larger, the slower."""
 TOKENIZER_CHARACTERS = 400_000
