@@ -273,7 +273,11 @@ def model_of(plan: ExpertPlan, seed: int) -> Any:
     """The plan's model in float32 with random weights, as transformers draws them from the seed."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    if not plan.size:
+        # The embedding of a padding token stays zero, so where it begins a row the stream does, and every RMSNorm makes
+        # its gradient 1/√ε as large: more than float32 holds in 16 layers. Small experts were trained so.
+        special["pad_token_id"] = 0
     config = CONFIG_MAPPING[plan.family](vocab_size=speech_of(plan.domain)[1].vocabulary, **special, **shape(plan))
     # Experts of one architecture must not share their initialisation.
     own = int(hashlib.sha256(f"{plan.name} {seed}".encode()).hexdigest()[:8], 16)
