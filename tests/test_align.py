@@ -126,6 +126,24 @@ def test_pruning_drops_one_of_two_equal_inputs_first():
     assert len({2, 5} & set(kept)) == 1
 
 
+def test_a_row_that_begins_with_an_empty_state_says_little_about_what_is_heard(save_model, tmp_path):
+    """A padding token's embedding is zero, and so is the stream where it begins a row: its gradient means nothing."""
+    save_model(tmp_path, "llama", num_hidden_layers=8)
+    source = Source(tmp_path, dtype=torch.float64)
+    outer = source.outer()
+    outer["embed.weight"][0] = 0
+    source.outer = lambda: outer
+    tokens = torch.randint(1, 200, (8, 16), generator=torch.Generator().manual_seed(0))
+
+    def heard(rows):
+        found = residual_basis(source, rows, torch.ones(16), torch.Generator().manual_seed(0))
+        return torch.stack([*found.fisher_mid, *found.fisher_out])
+
+    usual = heard(tokens)
+    tokens[3, 0] = 0
+    assert (heard(tokens) - usual).norm() < 0.3 * usual.norm()
+
+
 def test_basis_finds_a_planted_subspace(save_model, tmp_path):
     save_model(tmp_path, "llama", num_hidden_layers=1)
     source = Source(tmp_path, dtype=torch.float64)

@@ -27,6 +27,8 @@ from polymerge.model.spec import Spec
 
 UNSURE, HOTTEST = 1.5, 64.0
 """Nats of entropy that predictions need so that their gradients tell what is heard; the highest temperature."""
+NOTHING = 1e-4
+"""Mean square of a state, relative to the median, below which it counts as empty."""
 STEADY = 0.1
 """Energy of the constant dimension where the stream does not hold everything, relative to all that it does hold."""
 
@@ -84,7 +86,7 @@ def residual_basis(
             weights = source.layer(index)
             states = [centred(source, decoder.layer(spec, weights, x).out) for x in states]
     temperature = _temperature(source, outer, states, scored)
-    upstream = [_sampled_gradient(source, outer, x, scored, generator, temperature) for x in states]
+    upstream = [_felt(x, _sampled_gradient(source, outer, x, scored, generator, temperature)) for x in states]
     for x, g in zip(states, upstream, strict=True):
         _accumulate(present[2 * layers], heard[2 * layers], x, g)
     for index in reversed(range(layers)):
@@ -96,9 +98,9 @@ def residual_basis(
                 trace = decoder.layer(spec, weights, leaf)
                 at_input, at_mid = torch.autograd.grad(trace.out, (leaf, trace.mid), g)
             mid = centred(source, trace.mid.detach())
-            _accumulate(present[2 * index + 1], heard[2 * index + 1], mid, at_mid)
-            _accumulate(present[2 * index], heard[2 * index], x, at_input)
-            downstream.append(at_input)
+            downstream.append(_felt(x, at_input))
+            _accumulate(present[2 * index + 1], heard[2 * index + 1], mid, _felt(mid, at_mid))
+            _accumulate(present[2 * index], heard[2 * index], x, downstream[-1])
         upstream = downstream
     count = tokens.numel()
     fisher = heard / count
@@ -162,6 +164,16 @@ def heed(power: Float[Tensor, "*position"]) -> Float[Tensor, "*position"]:
     """
     weight = 1 / (power + power.median()).clamp_min(1e-12)
     return weight / weight.mean()
+
+
+def _felt(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at the states x, none where a state is empty: any error is larger than it, so first order is nothing.
+
+    A padding token's embedding stays zero in training; where it begins a row so does the stream, and the gradient grows
+    by 1 / √ε at every RMSNorm on the way down, until one such row is all of the Fisher matrix.
+    """
+    power = x.pow(2).mean(-1, keepdim=True)
+    return torch.where(power > NOTHING * power.median(), gradient, 0)
 
 
 def _accumulate(present: Tensor, heard: Tensor, x: Tensor, g: Tensor) -> None:
