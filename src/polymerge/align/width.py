@@ -167,7 +167,7 @@ def heed(power: Float[Tensor, "*position"]) -> Float[Tensor, "*position"]:
 
 
 def _felt(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient at the states x, none where a state is empty: any error is larger than it, so first order is nothing.
+    """The gradient at the states x, none where a state is empty: any error is larger than it, and first order no guide.
 
     A padding token's embedding stays zero in training; where it begins a row so does the stream, and the gradient grows
     by 1 / √ε at every RMSNorm on the way down, until one such row is all of the Fisher matrix.
