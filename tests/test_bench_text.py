@@ -146,6 +146,15 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     larger = {name for case in text.cases("large") for name in case.detail.experts}
     assert named | larger | {PLANS[n].base for n in named} - {""} == set(PLANS)
     assert {PLANS[name].size for name in larger} == set(text_experts.TRAININGS)
+
+
+def test_a_case_lacks_the_texts_of_its_own_tokenizer_alone(texts):
+    small, large = text.cases("full")[-1], text.cases("large")[0]
+    (texts / "darwin.txt").unlink()
+    assert text.lacking(small, texts) == ""
+    assert text.lacking(large, texts) == f"needs darwin.txt in {texts}"
+    assert "darwin.txt" not in text.lacking(small, None)
+    assert text.lacking(text.cases("quick")[0], None) == ""
     assert len({PLANS[n].family for n in named}) == 6
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
@@ -259,7 +268,7 @@ def test_three_trained_experts_merge_at_the_sum_of_their_sizes(texts, tmp_path, 
     monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text_experts.lm, "Training", lambda: SHORT)
     names = ("shakespeare", "python/all", "gsm8k")
-    detail = text.Detail(names, "shakespeare", "sum", "", 4096, (3e-4,), FEW.fold, 8)
+    detail = replace(FEW, experts=names, anchor="shakespeare", budget="sum")
     monkeypatch.setattr(text, "cases", lambda _profile: [Case("three/sum", "text", detail)])
     wanted = ["union", "fold", "fold_heal", "anchor_distill", "ensemble", "mergekit_slerp", "linear"]
     rows = {r.method: r for r in bench.run("text", "full", tmp_path / "out", wanted, device="cpu", texts=texts)}

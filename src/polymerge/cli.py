@@ -242,7 +242,7 @@ def demo(
 def bench(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="modular, text or all.")],
     *,
-    profile: Annotated[str, typer.Option(help="quick, medium (text alone) or full.")] = "quick",
+    profile: Annotated[str, typer.Option(help="quick, medium (text alone), full or large (text alone).")] = "quick",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; default all.")] = None,
     cases: Annotated[str | None, typer.Option("--case", help="Names, separated by commas; default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 1,

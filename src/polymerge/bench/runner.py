@@ -39,7 +39,7 @@ def run(
 
     Args:
         suite: "modular", "text" or "all".
-        profile: "quick", "medium" (text alone) or "full".
+        profile: "quick", "medium" (text alone), "full" or "large" (text alone).
         out: folder of `rows.jsonl`, LEADERBOARD.md and report.html.
         methods: names to run; default all that there are.
         seeds: 0, 1, … below it.

@@ -236,7 +236,8 @@ class TextBed:
         with Products() as products:
             listener = Until("test", products)
             result = merge(asked, folder, device=self.device, progress=listener)
-        Features.save(result.features, folder)
+        own = {name: one for name, one in result.features.items() if result.owners[name] == name}  # as its teacher is
+        Features.save(own, folder)
         extra = {"knobs": result.knobs, "balance": result.balance, "trials": result.knob_trials}
         scores = {skill: row["fold"] for skill, row in result.skills.items()}
         flops = (listener.flops or products.flops) - self.measuring
