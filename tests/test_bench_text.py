@@ -146,6 +146,10 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     larger = {name for case in text.cases("large") for name in case.detail.experts}
     assert named | larger | {PLANS[n].base for n in named} - {""} == set(PLANS)
     assert {PLANS[name].size for name in larger} == set(text_experts.TRAININGS)
+    assert len({PLANS[n].family for n in named}) == 6
+    medium = {c.name: c.detail for c in text.cases("medium")}
+    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
+    assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
 
 
 def test_a_case_lacks_the_texts_of_its_own_tokenizer_alone(texts):
@@ -155,10 +159,6 @@ def test_a_case_lacks_the_texts_of_its_own_tokenizer_alone(texts):
     assert text.lacking(large, texts) == f"needs darwin.txt in {texts}"
     assert "darwin.txt" not in text.lacking(small, None)
     assert text.lacking(text.cases("quick")[0], None) == ""
-    assert len({PLANS[n].family for n in named}) == 6
-    medium = {c.name: c.detail for c in text.cases("medium")}
-    assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
-    assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
     scarce = [d for d in medium.values() if d.text is not None]
     assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
     assert len(scarce) == 2 * len(text.SCARCE)
