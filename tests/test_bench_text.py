@@ -150,6 +150,11 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
     assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
+    scarce = [d for d in medium.values() if d.text is not None]
+    assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
+    assert len(scarce) == 2 * len(text.SCARCE)
+    [quick] = text.cases("quick")
+    assert quick.detail.fold["tokens"] < Fold().tokens
 
 
 def test_a_case_lacks_the_texts_of_its_own_tokenizer_alone(texts):
@@ -159,11 +164,6 @@ def test_a_case_lacks_the_texts_of_its_own_tokenizer_alone(texts):
     assert text.lacking(large, texts) == f"needs darwin.txt in {texts}"
     assert "darwin.txt" not in text.lacking(small, None)
     assert text.lacking(text.cases("quick")[0], None) == ""
-    scarce = [d for d in medium.values() if d.text is not None]
-    assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
-    assert len(scarce) == 2 * len(text.SCARCE)
-    [quick] = text.cases("quick")
-    assert quick.detail.fold["tokens"] < Fold().tokens
 
 
 def test_without_texts_the_shipped_pair_alone_runs_and_one_line_says_so(texts, tmp_path, monkeypatch):
