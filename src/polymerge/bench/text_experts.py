@@ -213,8 +213,8 @@ class Workshop:
         base = self.expert(PLANS[plan.base]).folder if plan.base else None
         described = asdict(plan) | ({"base": base.name} if base else {})
         depends = {
-            "version": RECIPE_VERSION, "plan": _told(described),
-            "seed": self.seed, "training": _told(asdict(self._training(plan))),
+            "version": RECIPE_VERSION, "plan": {key: value for key, value in described.items() if value},
+            "seed": self.seed, "training": asdict(self._training(plan)),
             "skill": self.skill(plan.domain).digest(),
             "tokenizer": hashlib.sha256((spoken / "tokenizer.json").read_bytes()).hexdigest(),
         }  # fmt: skip
@@ -262,11 +262,6 @@ class Workshop:
                 finally:
                     shutil.rmtree(draft, ignore_errors=True)
         return folder
-
-
-def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that say anything: a key that came later changes no older product's hash."""
-    return {key: value for key, value in settings.items() if value}
 
 
 def model_of(plan: ExpertPlan, seed: int) -> Any:

@@ -22,14 +22,14 @@ Present = Mapping[At, dict[str, Tensor]]
 
 
 class Experts:
-    """`hosts[k][i]`: the target layer of expert k's layer i; `width`: the target's, whose states are kept beside."""
+    """`hosts[k][i]`: the target layer of expert k's layer i; `beside`: the width of the target, kept with them."""
 
     def __init__(
-        self, sources: Sequence[Source], texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int, width: int
+        self, sources: Sequence[Source], texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int, beside: int
     ) -> None:
         self.sources, self.texts, self.hosts, self.batch = sources, texts, hosts, batch
         self.device, self.dtype = sources[0].device, sources[0].dtype
-        numbers = texts.tokens.numel() * (4 * sum(s.spec.width for s in sources) + 3 * width)
+        numbers = texts.tokens.numel() * (4 * sum(s.spec.width for s in sources) + 3 * beside)
         self.home = home(torch.device(self.device), numbers * self.dtype.itemsize)
         self.outers = [source.outer() for source in sources]
         self.states = [self._embedded(k) for k in range(len(sources))]

@@ -88,5 +88,6 @@ def _metric(fold: "LayerFold", k: int, layer: int, where: str) -> Tensor:
 def _root(metric: Tensor) -> Tensor:
     """A square root of a positive semi-definite matrix, slightly lifted so that no direction is free."""
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    lower: Tensor = torch.linalg.cholesky(metric + 1e-3 * metric.diagonal().mean() * eye)
-    return lower
+    power, vectors = torch.linalg.eigh(metric + 1e-3 * metric.diagonal().mean() * eye)
+    scaled: Tensor = vectors * power.clamp_min(0).sqrt()
+    return scaled
