@@ -78,7 +78,7 @@ def test_an_expert_is_trained_once_and_never_on_held_out_text(texts, tmp_path, m
     monkeypatch.setattr(lm, "make_tokenizer", lambda some, size: seen.extend(some) or real_tokenizer(some, size))
     make = lambda: Workshop(texts, 0, training=SHORT, cache=tmp_path / "cache")  # noqa: E731
     first = make().expert(PLANS["stories"])
-    skills = [make().skill(name) for name in text_experts.speech_of("stories")[1].domains]
+    skills = [make().skill(name) for name in text_experts.tokenizer_of("stories")[1].domains]
     held = {d for skill in skills for d in (*skill.validation, *skill.test)}
     assert seen
     assert not held & set(seen)

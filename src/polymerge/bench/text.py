@@ -123,9 +123,10 @@ def _scarce(names: tuple[str, ...], text: int, written: bool) -> Case:
 
 def lacking(case: Case, texts: Path | None) -> str:
     """What a case needs and has not, in one line; empty where nothing is missing."""
-    domains = {text_experts.PLANS[name].domain for name in case.detail.experts}
-    speeches = {text_experts.speech_of(domain)[1] for domain in domains}
-    return "; ".join(filter(None, (text_experts.lacking(texts, speech) for speech in speeches)))
+    if not case.detail.experts:
+        return ""
+    domain = text_experts.PLANS[case.detail.experts[0]].domain  # its tokenizer is that of the others
+    return text_experts.lacking(texts, text_experts.tokenizer_of(domain)[1])
 
 
 @dataclass(frozen=True)

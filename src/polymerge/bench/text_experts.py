@@ -63,22 +63,22 @@ DOMAINS = {
 
 
 @dataclass(frozen=True)
-class Speech:
+class SharedTokenizer:
     """The tokenizer that the experts of some domains share."""
 
     domains: tuple[str, ...]
     vocabulary: int
 
 
-SPEECHES = {
-    "text-tokenizer": Speech(("shakespeare", "python", "gsm8k", "stories", "rust", "wiki"), lm.VOCABULARY),
-    "large-text-tokenizer": Speech(("books", "programs"), 8 * lm.VOCABULARY),
+TOKENIZERS = {
+    "text-tokenizer": SharedTokenizer(("shakespeare", "python", "gsm8k", "stories", "rust", "wiki"), lm.VOCABULARY),
+    "large-text-tokenizer": SharedTokenizer(("books", "programs"), 8 * lm.VOCABULARY),
 }
 
 
-def speech_of(domain: str) -> tuple[str, Speech]:
+def tokenizer_of(domain: str) -> tuple[str, SharedTokenizer]:
     """The tokenizer of a domain's experts, and its name."""
-    return next((name, speech) for name, speech in SPEECHES.items() if domain in speech.domains)
+    return next((name, shared) for name, shared in TOKENIZERS.items() if domain in shared.domains)
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def texts_folder(asked: Path | None = None) -> Path | None:
     return asked or (Path(named) if named else None)
 
 
-def lacking(texts: Path | None, speech: Speech) -> str:
+def lacking(texts: Path | None, shared: SharedTokenizer) -> str:
     """What is missing for experts of a tokenizer to be trained, in one line; empty if nothing is."""
-    names = [file for domain in speech.domains for file in DOMAINS[domain].files]
+    names = [file for domain in shared.domains for file in DOMAINS[domain].files]
     if texts is None:
         return f"needs a folder with {', '.join(names)}: name it in {VARIABLE} or by --texts"
     missing = [name for name in names if not (texts / name).is_file()]
@@ -183,27 +183,27 @@ class Workshop:
     def skill(self, domain: str) -> Skill:
         """A domain's texts, split as every merge with this seed splits them. Raises PreflightError: they lack."""
         if domain not in self.skills:
-            if why := lacking(self.texts, speech_of(domain)[1]):
+            if why := lacking(self.texts, tokenizer_of(domain)[1]):
                 raise PreflightError(why)
             self.skills[domain] = read_skill(domain, self._files(domain), field=DOMAINS[domain].field, seed=self.seed)
         return self.skills[domain]
 
     def tokenizer(self, domain: str) -> Path:
         """The folder of the tokenizer that a domain's experts share with others."""
-        name, speech = speech_of(domain)
-        digests = {each: self.skill(each).digest() for each in speech.domains}
-        depends = {"version": RECIPE_VERSION, "vocabulary": speech.vocabulary, "skills": digests}
+        name, shared = tokenizer_of(domain)
+        digests = {each: self.skill(each).digest() for each in shared.domains}
+        depends = {"version": RECIPE_VERSION, "vocabulary": shared.vocabulary, "skills": digests}
 
         def make(folder: Path) -> None:
             some: list[str] = []
-            for each in speech.domains:
+            for each in shared.domains:
                 left = TOKENIZER_CHARACTERS
                 for document in self.skill(each).calibration:
                     some.append(document[:left])
                     left -= len(document)
                     if left <= 0:
                         break
-            lm.make_tokenizer(some, speech.vocabulary).save_pretrained(folder)
+            lm.make_tokenizer(some, shared.vocabulary).save_pretrained(folder)
 
         return self._kept(name, depends, make)
 
@@ -273,7 +273,7 @@ def model_of(plan: ExpertPlan, seed: int) -> Any:
         # The embedding of a padding token stays zero, so where it begins a row the stream does, and every RMSNorm makes
         # its gradient 1/√ε as large: more than float32 holds in 16 layers. Small experts were trained so.
         special["pad_token_id"] = 0
-    config = CONFIG_MAPPING[plan.family](vocab_size=speech_of(plan.domain)[1].vocabulary, **special, **shape(plan))
+    config = CONFIG_MAPPING[plan.family](vocab_size=tokenizer_of(plan.domain)[1].vocabulary, **special, **shape(plan))
     # Experts of one architecture must not share their initialisation.
     own = int(hashlib.sha256(f"{plan.name} {seed}".encode()).hexdigest()[:8], 16)
     with torch.random.fork_rng():
