@@ -1,7 +1,8 @@
 """Training of small language models from scratch: their tokenizer, their stream of tokens, their schedule.
 
 Schedule: linear warm-up, constant, linear decay to zero over the last 40 % (WSD; Hu et al. 2024, MiniCPM). AdamW with
-weight decay on matrices only, gradients clipped at norm 1. A run reads a fixed number of tokens, so it can be repeated.
+weight decay on matrices only, gradients clipped at norm 1; on a GPU an update is one CUDA graph, and products are in
+TF32. A run reads a fixed number of tokens, so it can be repeated.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
+from polymerge.bench.graph import captured, set_rate, tensor_float
 from polymerge.calibrate.packing import Rows
 from polymerge.errors import PolymergeError
 from polymerge.evaluate import bits_per_byte
@@ -90,14 +92,17 @@ def rate_at(progress: float) -> float:
     return max(0.0, min(1.0, progress / WARM_UP, (1 - progress) / DECAY))
 
 
-def optimizer_for(model: Any, rate: float, decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW that lets only matrices decay."""
+def optimizer_for(model: Any, rate: float, decay: float = 0.1, *, device: str = "cpu") -> torch.optim.AdamW:
+    """AdamW that lets only matrices decay; on a GPU one that can be part of a CUDA graph."""
+    gpu = device.startswith("cuda")
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    first = torch.tensor(rate, device=device) if gpu else rate
+    return torch.optim.AdamW(groups, lr=first, betas=(0.9, 0.95), fused=True, capturable=gpu)
 
 
+@tensor_float()
 def train(
     model: Any,
     tokens: Int64[Tensor, " token"],
@@ -114,23 +119,30 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     model.to(device).train()
-    optimizer = optimizer_for(model, settings.lr, settings.weight_decay)
-    best, state, curve = math.inf, {}, []
-    losses: list[float] = []
-    checks = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
-    began, began_cpu = time.perf_counter(), time.process_time()
-    for step in range(1, settings.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate_at((step - 0.5) / settings.steps)
-        starts = torch.randint(len(tokens) - settings.context, (settings.batch,), generator=generator)
-        batch = tokens[starts[:, None] + torch.arange(settings.context + 1)].to(device)
+    optimizer = optimizer_for(model, settings.lr, settings.weight_decay, device=device)
+    row = torch.arange(settings.context + 1)
+    batch = tokens[row.expand(settings.batch, -1)].to(device)
+
+    def update() -> Tensor:
+        """One step on the batch; its loss."""
         logits = model(batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        return loss.detach()
+
+    update_once = captured(update, device, optimizer)
+    best, state, curve = math.inf, {}, []
+    losses: list[Tensor] = []
+    checks = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
+    began, began_cpu = time.perf_counter(), time.process_time()
+    for step in range(1, settings.steps + 1):
+        set_rate(optimizer, settings.lr * rate_at((step - 0.5) / settings.steps))
+        starts = torch.randint(len(tokens) - settings.context, (settings.batch,), generator=generator)
+        batch.copy_(tokens[starts[:, None] + row])
+        losses.append(update_once().clone())
         if step not in checks:
             continue
         score = bits_per_byte(model, held_out)
@@ -138,7 +150,7 @@ def train(
         if score < best:
             best, state = score, {key: weight.clone() for key, weight in model.state_dict().items()}
         read = step * settings.batch * settings.context
-        curve.append({"step": step, "tokens": read, "train_loss": sum(losses) / len(losses), "val_bpb": score})
+        curve.append({"step": step, "tokens": read, "train_loss": float(torch.stack(losses).mean()), "val_bpb": score})
         losses = []
         progress(f"{read:,} tokens, {score:.3f} bits per byte")
     if not state:

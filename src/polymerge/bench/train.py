@@ -1,7 +1,5 @@
 """Training of small decoders that answer at the third token, from scratch; the best state is kept.
 
-On a GPU an update is one CUDA graph: the hundreds of kernels of so small a model take longer to launch than to run.
-
 step_val_acc_99: the first of the evaluations (every 10 updates, 4,096 draws from the validation pairs) with an accuracy
 over 0.99; the number of updates allowed if there is none.
 """
@@ -10,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from polymerge.bench.answers import Weights, answers, beginnings, initial
+from polymerge.bench.graph import captured, set_rate
 from polymerge.model.spec import Spec
 from polymerge.teachers import uses_bfloat16
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def together(
     pupils = [_Pupil(one, settings, generator) for one, generator in zip(studies, generators, strict=True)]
     recent: list[Tensor] = []
     for step in range(1, settings.steps + 1):
-        _set_rate(optimiser, settings.lr * min(1.0, step / settings.warmup))
+        set_rate(optimiser, settings.lr * min(1.0, step / settings.warmup))
         chosen.copy_(torch.stack([pupil.draw(len(pupil.study.rows), settings.batch) for pupil in pupils]))
         recent.append(step_once().clone())
         if step % settings.every:
@@ -216,36 +213,6 @@ def _one(weights: Weights, k: int, *, view: bool = False) -> Weights:
     }
 
 
-def captured(work: Callable[[], T], device: str, optimiser: torch.optim.Optimizer | None = None) -> Callable[[], T]:
-    """The work as one CUDA graph; on a CPU the work itself. What it returns is overwritten by the next call.
-
-    It must read and write the same memory each time. It is tried three times first: an optimiser's updates are then
-    of rate zero (set a rate after it), and what it remembers of them is forgotten.
-    """
-    if not device.startswith("cuda"):
-        return work
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        if optimiser:
-            _set_rate(optimiser, 0.0)
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-    for state in optimiser.state.values() if optimiser else ():
-        for value in state.values():
-            value.zero_()
-
-    def again() -> T:
-        graph.replay()
-        return out
-
-    return again
-
-
 def to(weights: Mapping[int | None, Mapping[str, Tensor]], device: str) -> Weights:
     """A copy of the weights as leaves that want gradients."""
     return {
@@ -265,11 +232,3 @@ def _adamw(weights: Weights, settings: Training, device: str) -> torch.optim.Ada
     rate = torch.tensor(settings.lr, device=device) if gpu else settings.lr
     betas, decay = settings.betas, settings.weight_decay
     return torch.optim.AdamW(flat, lr=rate, betas=betas, weight_decay=decay, fused=True, capturable=gpu)
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
