@@ -390,7 +390,7 @@ class Told:
 
 
 WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
-WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport", "anchor_distill_more"]
+WANTED += ["mergekit_ties", "fuse_distill", "task_vector_transport", "anchor_distill_more", "fold_heal_more"]
 
 
 def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch):
@@ -404,9 +404,10 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     read = {t: 3 * len(SMALL.split(t, 0, 0.8).train) for t in healed.scores}
     teachers = [2 * healed.expert_parameters[p.name] * read[p.task] for p in (PLUS, MINUS)]
     assert healed.flops == fold.flops + 6 * healed.parameters * healed.tokens + sum(teachers)
-    [more] = [r for r in rows if r.method == "anchor_distill_more"]
-    assert more.flops == pytest.approx(healed.flops, rel=0.2)  # whole steps, another shape
-    assert more.steps > healed.steps
+    for name in ("anchor_distill_more", "fold_heal_more"):
+        [more] = [r for r in rows if r.method == name]
+        assert more.flops == pytest.approx(healed.flops, rel=0.2)  # whole steps, another shape
+        assert more.steps > healed.steps
     assert next(r for r in rows if r.method == "fuse_distill").scores.keys() == fold.scores.keys()
     [transport] = [r for r in rows if r.method == "task_vector_transport"]
     assert "needs the donor's base model" in transport.reason

@@ -21,7 +21,9 @@ from polymerge.bench.rows import training_flops
 from polymerge.bench.shared import Shared, folded
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
+from polymerge.methods import fold as folding
 from polymerge.methods._pad import pad
+from polymerge.methods._refine import Refine
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
@@ -149,6 +151,17 @@ class ModularBed:
         outcome.flops = (outcome.flops or 0) + (fold.flops or 0)
         return outcome
 
+    def fold_heal_more(self) -> Outcome:
+        """A closed form without trials, and healing for all the operations that the fold has left."""
+        lean = replace(self.settings.fold, refine=Refine(steps=0, head_steps=0), trials=None)
+        done, weights, flops = self._make(lean, self.shapes())
+        target = done.choice.target
+        steps = self._steps(target, (self._folded()[1].flops or 0) - flops)
+        outcome = self._distilled(target, weights, steps=steps)
+        outcome.flops = (outcome.flops or 0) + flops
+        outcome.notes = f"fold in closed form, without trials; {outcome.steps} steps, {outcome.notes}"
+        return outcome
+
     # ------------------------------------------------------------------ controls
 
     def anchor(self) -> Outcome:
@@ -165,11 +178,7 @@ class ModularBed:
 
     def anchor_distill_more(self) -> Outcome:
         """The fold's operations spent on steps."""
-        spent, settings = self._folded()[1].flops or 0, self.settings.distil
-        more = round(
-            settings.steps * spent / self._training(plan.parameters(self.family, self._target()), settings.steps)
-        )
-        return self._distilled_anchor(self.lessons(), steps=settings.steps + more)
+        return self._distilled_anchor(self.lessons(), steps=self._steps(self._target(), self._folded()[1].flops or 0))
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
@@ -222,14 +231,16 @@ class ModularBed:
 
     def _fold(self, folder: Path) -> Outcome:
         self.progress("fold")
-        done, weights, flops = folded(
-            [self.experts[k] for k in self.part], self.family, self.shapes(), self.texts(self.part, self.good),
-            self.settings.fold, self.seed, self.progress,
-        )  # fmt: skip
+        done, weights, flops = self._make(self.settings.fold, self.shapes())
         choice = done.choice
         tokens.save(folder, self.family, choice.target, weights, self.experts[0])
         extra = {"knobs": vars(choice.knobs), "balance": choice.balance, "divergence": done.excess}
         return self._judged(folder, choice.target, flops=flops, extra=extra | {"trials": choice.trials})
+
+    def _make(self, settings: folding.Settings, shapes: Sequence[Spec]) -> tuple[folding.Folded, Weights, int]:
+        """A fold of the experts that are good at something."""
+        experts, texts = [self.experts[k] for k in self.part], self.texts(self.part, self.good)
+        return folded(experts, self.family, shapes, texts, settings, self.seed, self.progress)
 
     def _target(self) -> Spec:
         """The shape that the fold chose."""
@@ -246,6 +257,11 @@ class ModularBed:
         settings = self.settings.distil
         taught = [(self.experts[self.owner[t]].parameters, 3 * len(s.train)) for t, s in self.splits.items()]
         return training_flops(parameters, steps * settings.batch * 3, runs=len(settings.lrs), teachers=taught)
+
+    def _steps(self, target: Spec, spare: int) -> int:
+        """Steps of a distillation that takes so many operations more than the case's."""
+        steps = self.settings.distil.steps
+        return steps + max(0, round(steps * spare / self._training(plan.parameters(self.family, target), steps)))
 
     def _single(self, k: int) -> Outcome:
         source = self.experts[k]
