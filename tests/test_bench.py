@@ -19,6 +19,7 @@ import torch
 from polymerge import bench
 from polymerge.bench import answers, board, cells, machine, methods, modular, train
 from polymerge.bench.distil import Distil, Lesson, distil
+from polymerge.bench.graph import set_rate
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Case
 from polymerge.bench.modular_bed import ModularBed
@@ -387,6 +388,15 @@ class Told:
 
     def advance(self, _note, n=1):
         self.cells[1] -= n
+
+
+def test_a_rate_that_a_graph_reads_is_set_where_it_is():
+    weight = torch.ones(2, requires_grad=True)
+    for rate in (torch.tensor(1.0), 1.0):
+        optimiser = torch.optim.SGD([weight], lr=rate)
+        set_rate(optimiser, 0.25)
+        assert float(optimiser.param_groups[0]["lr"]) == 0.25
+        assert not isinstance(rate, torch.Tensor) or float(rate) == 0.25
 
 
 WANTED = ["expert", "fold", "fold_heal", "anchor_distill", "union", "placebo", "linear"]
