@@ -154,7 +154,7 @@ class ModularBed:
     def fold_heal_more(self) -> Outcome:
         """A closed form without trials, and healing for all the operations that the fold has left."""
         lean = replace(self.settings.fold, refine=Refine(steps=0, head_steps=0), trials=None)
-        done, weights, flops = self._make(lean, self.shapes())
+        done, weights, flops = self._make(lean)
         target = done.choice.target
         steps = self._steps(target, (self._folded()[1].flops or 0) - flops)
         outcome = self._distilled(target, weights, steps=steps)
@@ -231,16 +231,16 @@ class ModularBed:
 
     def _fold(self, folder: Path) -> Outcome:
         self.progress("fold")
-        done, weights, flops = self._make(self.settings.fold, self.shapes())
+        done, weights, flops = self._make(self.settings.fold)
         choice = done.choice
         tokens.save(folder, self.family, choice.target, weights, self.experts[0])
         extra = {"knobs": vars(choice.knobs), "balance": choice.balance, "divergence": done.excess}
         return self._judged(folder, choice.target, flops=flops, extra=extra | {"trials": choice.trials})
 
-    def _make(self, settings: folding.Settings, shapes: Sequence[Spec]) -> tuple[folding.Folded, Weights, int]:
+    def _make(self, settings: folding.Settings) -> tuple[folding.Folded, Weights, int]:
         """A fold of the experts that are good at something."""
         experts, texts = [self.experts[k] for k in self.part], self.texts(self.part, self.good)
-        return folded(experts, self.family, shapes, texts, settings, self.seed, self.progress)
+        return folded(experts, self.family, self.shapes(), texts, settings, self.seed, self.progress)
 
     def _target(self) -> Spec:
         """The shape that the fold chose."""
