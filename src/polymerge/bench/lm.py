@@ -98,8 +98,8 @@ def optimizer_for(model: Any, rate: float, decay: float = 0.1, *, device: str = 
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    first = torch.tensor(rate, device=device) if gpu else rate
-    return torch.optim.AdamW(groups, lr=first, betas=(0.9, 0.95), fused=True, capturable=gpu)
+    lr = torch.tensor(rate, device=device) if gpu else rate
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=gpu)
 
 
 @tensor_float()
