@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import byte_tokenizer, save_tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -444,6 +445,17 @@ def test_trials_cost_time_and_can_be_left_out(look, made, monkeypatch):
     few = {"length": 32, "refine": 0, "tokens": "1k"}
     tried, lean = (look(made("llama"), made("gpt2", "gpt2"), fold=few | {"trials": on}) for on in (True, False))
     assert lean.seconds < tried.seconds
+
+
+def test_time_is_estimated_with_the_threads_that_the_merge_takes(look, made, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: seen.append(torch.get_num_threads()) or 1e9)
+    try:
+        look(made("llama"), made("gpt2", "gpt2"))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
 
 
 ONCE = """

@@ -99,14 +99,12 @@ class TextBed:
 
     def fold_heal_more(self) -> Outcome:
         """A lean fold, and healing for all the operations that are left of what fold and healing took together."""
-        fold, detail = self.recipe.fold, self.detail
+        fold = self.recipe.fold
         lean = fold.model_copy(update=LEAN | {"tokens": min(fold.tokens, LEAN["tokens"])})
         folder = self._new("lean")
         made = self._fold(folder, self.recipe.model_copy(update={"fold": lean}))
-        healing = self._training(plan.parameters(self.family, self._target()), detail.heal_tokens, len(detail.lrs))
-        left = (self._folded()[1].flops or 0) + healing - (made.flops or 0)
         target, features = Source(folder).spec, Features.load(folder)
-        tokens = self._tokens(target, left, features)
+        tokens = self._tokens(target, self._spent() - (made.flops or 0), features)
         rate = Heal(tokens=tokens).peak
         outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(rate,), features=features)
         outcome.flops = (outcome.flops or 0) + (made.flops or 0)
@@ -136,13 +134,9 @@ class TextBed:
         return self._distilled_anchor()
 
     def anchor_distill_more(self) -> Outcome:
-        """The fold's operations spent on tokens: short runs choose the rate, one long run reads all that is left."""
-        short = self.anchor_distill()
-        longer = self._tokens(self._target(), self._folded()[1].flops or 0)
-        outcome = self._distilled_anchor(tokens=longer, rates=(short.extra["lr"],))
-        outcome.flops = (outcome.flops or 0) + (short.flops or 0)
-        outcome.notes = f"rate by runs of {short.tokens:,} tokens, then one of {outcome.tokens:,}; {outcome.notes}"
-        return outcome
+        """The operations of fold and healing in one run, at the highest rate: short runs always chose that one."""
+        tokens = self._tokens(self._target(), self._spent())
+        return self._distilled_anchor(tokens=tokens, rates=(max(self.detail.lrs),))
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
@@ -357,6 +351,11 @@ class TextBed:
         outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens, len(rates), features)
         outcome.notes, outcome.extra = best.note, best.extra
         return outcome
+
+    def _spent(self) -> int:
+        """Operations that fold and healing took together (states apart), all rates."""
+        size = plan.parameters(self.family, self._target())
+        return (self._folded()[1].flops or 0) + self._training(size, self.detail.heal_tokens, len(self.detail.lrs))
 
     def _training(self, parameters: int, tokens: int, runs: int, features: Mapping[str, Features] | None = None) -> int:
         """Operations of so many healings of a model of so many parameters."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymerge import threads
 from polymerge.align import depth
 from polymerge.methods.fold import GRIDS, Settings
 from polymerge.model.source import Source
@@ -56,11 +57,13 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     each = getattr(torch, recipe.dtype).itemsize
     files = (f for s in sources.values() for f in s.checkpoint.tokenizer_files())
     beside = sum(f.stat().st_size for f in files) + 200_000  # one expert's tokenizer, or all in one
+    with threads.fitting(max(s.width for s in specs)):  # as the merge has them
+        rate = SHARE * speed(_device(sources))
     measured = TEST_ROWS * length * len(specs)
     scoring = 4 * (TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:
         work = 2.0 * measured * experts
-        return Cost(experts, LIBRARIES + scoring, experts * each + beside, work / (SHARE * speed(_device(sources))))
+        return Cost(experts, LIBRARIES + scoring, experts * each + beside, work / rate)
     target = max(plan.shapes, key=lambda s: count(plan.family, s))
     size = count(plan.family, target)
     rows = len(specs) * (max(1, recipe.fold.tokens // length) + VALIDATION_ROWS)
@@ -77,7 +80,7 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     )
     memory = LIBRARIES + max(folding, scoring, healing if recipe.heal else 0)
     work = _work(recipe, sources, plan, size, rows * length) + 2.0 * measured * (experts + 2 * size)
-    return Cost(size, memory, size * each + beside, work / (SHARE * speed(_device(sources))))
+    return Cost(size, memory, size * each + beside, work / rate)
 
 
 def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> float:
