@@ -279,8 +279,19 @@ def test_few_texts_are_gone_over_a_few_times_only(save_model, tmp_path, monkeypa
     refine = Refine(steps=50, rows=5, head_steps=70, passes=2.0)
     folded_logits([one], family, target, data, refine=refine)
     assert set(taken) == {16, 3 * 16}  # blocks and head; the last block with the head
-    assert [replace(refine, passes=p).most(50, 32) for p in (0.1, 5.0, 8.0, math.inf)] == [1, 32, 50, 50]
+    assert [replace(refine, passes=p).most(50, 32, 2) for p in (0.1, 5.0, 8.0, math.inf)] == [1, 32, 50, 50]
     assert folding.Settings.of(recipe.Fold()).refine.passes == folding.PASSES
+
+
+def test_every_expert_has_its_share_of_the_steps(save_model, tmp_path, monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(_refine, "_descend", lambda _fold, _params, _loss, steps, _peak: taken.append(steps))
+    for count in (1, 2, 4):
+        some = [expert(save_model, tmp_path / f"{count}-{k}") for k in range(count)]
+        family, (target,) = shape(some)
+        folded_logits(some, family, target, texts(count), refine=Refine(steps=10, head_steps=10))
+    assert taken[-1] == 3 * 20
+    assert sorted(set(taken)) == [10, 20, 3 * 10, 3 * 20]
 
 
 def test_refinement_at_a_ruinous_rate_leaves_an_exact_fold_as_it_is(save_model, tmp_path):

@@ -37,6 +37,7 @@ Loss = Callable[..., Tensor]
 class Refine:
     """`steps` of `rows` texts per block at peak rate `lr`, and `head_steps` at `head_lr` for the head; 0: none.
 
+    These are for two experts (or one); more share the rows of a step, and get as many more steps.
     Fewer where they would go over the fitted texts more than `passes` times: few texts are soon known by heart.
     """
 
@@ -47,9 +48,9 @@ class Refine:
     head_lr: float = 1e-3
     passes: float = math.inf
 
-    def most(self, steps: int, texts: int) -> int:
-        """Of so many steps, those that so many texts are good for."""
-        return math.ceil(min(steps, self.passes * texts / self.rows))
+    def most(self, steps: int, texts: int, experts: int) -> int:
+        """Of so many steps for two experts, what these experts get, as far as so many texts are good for it."""
+        return math.ceil(min(steps * max(1.0, experts / 2), self.passes * texts / self.rows))
 
 
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def balanced(lag: Sequence[float], most: float = TILT) -> tuple[float, ...]:
 
 
 def _steps(fold: "LayerFold", asked: int) -> int:
-    return fold.refine.most(asked, int(fold.texts.fit.sum()))
+    return fold.refine.most(asked, int(fold.texts.fit.sum()), len(fold.slices))
 
 
 def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int) -> dict[str, Tensor]:

@@ -95,12 +95,13 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     settings = Settings.of(recipe.fold)
     tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
     refined = min(3, len(plan.shapes)) + (knobs > 0)  # what few rows chose, a neighbour on each side, knobs as at first
-    trials, steps = 0, settings.refine.most(recipe.fold.refine, tokens // recipe.fold.length)
+    texts = tokens // recipe.fold.length
+    trials, steps = 0, settings.refine.most(recipe.fold.refine, texts, k)
     if k > 1 and tried is not None:
         rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
         rows += refined * (tried.refined(k) + tried.refined_held_out)
         trials = k * rows * recipe.fold.length
-        steps += refined * min(tried.steps, recipe.fold.refine)
+        steps += refined * settings.refine.most(min(tried.steps, recipe.fold.refine), texts, k)
     refining = 8.0 * steps * settings.refine.rows * recipe.fold.length * size
     basis = 8.0 * settings.basis_rows * recipe.fold.length * experts
     healing = 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0
