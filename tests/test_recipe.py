@@ -162,4 +162,4 @@ def test_the_docs_tell_every_key_and_the_default_of_what_has_one():
         assert f"`{field.name}`" in sections["heal"], field.name
     assert f"| `tokens` | {Fold().tokens // 1000}k |" in sections["fold"]
     assert f"| `refine` | {Fold().refine} |" in sections["fold"]
-    assert f"| `lr` | {Heal().peak:.0e} at {Heal().tokens // 1000}k".replace("e-0", "e-") in sections["heal"]
+    assert f"| `lr` | {Heal().peak(0.0):.0e} at {Heal().tokens // 1000}k".replace("e-0", "e-") in sections["heal"]

@@ -26,6 +26,8 @@ from typing import Any, Literal
 from polymerge.errors import RecipeError
 
 _EVALUATION_SHARE = 0.15
+_FASTEST = 4e-3
+_FAR = 0.2
 _FOREIGN_TEXT = 0.8
 _LET_GO = 800_000
 
@@ -38,8 +40,9 @@ class Heal:
 
     Attributes:
         tokens: read in training, over all skills; more than the text has means further passes over it.
-        lr: peak learning rate; by default 1e-3 at 400 k tokens and as the root of their number, 4e-3 at most: the
-            first steps undo some of a good start, and the longer the run, the more of that is won back.
+        lr: peak learning rate; by default 1e-3 at 400 k tokens and as the root of their number: the first steps undo
+            some of a good start, and the longer the run, the more of that is won back. A start more than 0.2 bits per
+            byte behind has the less to lose: in proportion more. 4e-3 at most.
         warmup: share of the run in which it rises.
         batch_rows: rows a step; the further a skill is behind its owner, the larger its share.
         length: tokens a row.
@@ -92,10 +95,11 @@ class Heal:
         """Optimiser steps that the tokens are enough for."""
         return self.tokens // (self.batch_rows * self.length)
 
-    @property
-    def peak(self) -> float:
-        """The peak learning rate."""
-        return min(4e-3, 1e-3 * math.sqrt(self.tokens / 400_000)) if self.lr is None else self.lr
+    def peak(self, behind: float) -> float:
+        """The peak learning rate from a start whose worst skill is so many bits per byte behind its owner."""
+        if self.lr is not None:
+            return self.lr
+        return min(_FASTEST, 1e-3 * math.sqrt(self.tokens / 400_000) * max(1.0, behind / _FAR))
 
     def interval(self, validation_tokens: int) -> int:
         """Steps between measurements."""
@@ -117,11 +121,11 @@ class Heal:
         return self.features * max(0.0, 1 - step * self.batch_rows * self.length / _LET_GO)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step (from 0)."""
+        """Learning rate of a step (from 0), as a part of the peak."""
         rising = round(self.warmup * self.steps)
         if step < rising:
-            return self.peak * (step + 1) / rising
-        return self.peak * (self.steps - step) / (self.steps - rising)
+            return (step + 1) / rising
+        return (self.steps - step) / (self.steps - rising)
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,13 @@ class Point:
 class HealResult:
     """What healing did; `before`, `after` and `reference` are validation bits per byte by skill.
 
-    `reference` is the owner's; `after` belongs to `best_step`, whose state the student holds.
+    `reference` is the owner's; `after` belongs to `best_step`, whose state the student holds. `lr` is the peak.
     """
 
     steps: int
     tokens: int
     seconds: float
+    lr: float
     best_step: int
     before: dict[str, float]
     after: dict[str, float]

@@ -23,7 +23,7 @@ _FAULTS = 3  # losses that are not finite, until the run is given up
 _BACKOFFS = 6  # halvings, after which nothing more is to be had
 
 _KEPT = (
-    "best", "drawn", "reference", "losses", "step", "bad", "backoffs", "faults", "scale", "seconds", "event",
+    "best", "drawn", "reference", "losses", "step", "bad", "backoffs", "faults", "peak", "scale", "seconds", "event",
     "stopped",
 )  # fmt: skip
 """Attributes of a run that are saved as they are."""
@@ -57,7 +57,7 @@ class Run:
         self.batches = learning.Batches(sizes, settings.batch_rows, torch.Generator().manual_seed(seed))
         self.parameters = dict(student.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            self.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.best = self._copy()
         self.drawn = self.batches.state()  # as of the last whole step: an interrupted one is drawn again
@@ -65,7 +65,7 @@ class Run:
         self.curve: list[Point] = []
         self.losses: list[float] = []
         self.step = self.bad = self.backoffs = self.faults = 0
-        self.scale, self.seconds = 1.0, 0.0
+        self.peak, self.scale, self.seconds = 0.0, 1.0, 0.0  # the peak is known once the start is measured
         self.event: str | None = None
         self.stopped: str | None = None
 
@@ -115,7 +115,7 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         with self._changing():
             if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-                self.optimizer.param_groups[0]["lr"] = self.scale * self.settings.rate(self.step)
+                self.optimizer.param_groups[0]["lr"] = self.scale * self.peak * self.settings.rate(self.step)
                 self.optimizer.step()
                 self.losses.append(loss.item())
             else:
@@ -150,6 +150,8 @@ class Run:
         over = [found[name] - self.reference[name] for name in found]
         worst = max(over) if all(map(math.isfinite, over)) else math.inf
         with self._changing():
+            if not self.curve:
+                self.peak = self.settings.peak(worst)
             better = not self.curve or worst < self._least()
             if better:
                 self.best = self._copy()
@@ -162,7 +164,7 @@ class Run:
                     step=self.step,
                     tokens=self.step * self.settings.batch_rows * self.settings.length,
                     loss=sum(self.losses) / len(self.losses) if self.losses else None,
-                    lr=self.scale * self.settings.rate(min(self.step, self.settings.steps - 1)),
+                    lr=self.scale * self.peak * self.settings.rate(min(self.step, self.settings.steps - 1)),
                     validation=found,
                     worst=worst,
                     seconds=self._elapsed(),
@@ -183,7 +185,7 @@ class Run:
         self._restore()
         self.scale, self.bad, self.backoffs, self.event = self.scale / 2, 0, self.backoffs + 1, "back-off"
         if self.backoffs == _BACKOFFS:
-            rate = self.scale * self.settings.peak
+            rate = self.scale * self.peak
             self.stopped = f"stopped at step {self.step}: it only got worse, down to a learning rate of {rate:.1e}"
 
     def _fault(self) -> None:
@@ -285,6 +287,7 @@ class Run:
             steps=self.step,
             tokens=self.step * self.settings.batch_rows * self.settings.length,
             seconds=self._elapsed(),
+            lr=self.peak,
             best_step=best.step,
             before=self.curve[0].validation,
             after=best.validation,

@@ -105,8 +105,7 @@ class TextBed:
         made = self._fold(folder, self.recipe.model_copy(update={"fold": lean}))
         target, features = Source(folder).spec, Features.load(folder)
         tokens = self._tokens(target, self._spent() - (made.flops or 0), features)
-        rate = Heal(tokens=tokens).peak
-        outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(rate,), features=features)
+        outcome = self._distilled(lambda: load_student(folder), target, tokens=tokens, rates=(None,), features=features)
         outcome.flops = (outcome.flops or 0) + (made.flops or 0)
         outcome.notes = f"fold of {lean.tokens:,} tokens each in closed form, without trials; {outcome.notes}"
         outcome.extra["fold"] = made.scores
@@ -312,7 +311,7 @@ class TextBed:
         return done.choice, flops
 
     def _distilled_anchor(
-        self, guide: Any = None, tokens: int | None = None, rates: Sequence[float] | None = None
+        self, guide: Any = None, tokens: int | None = None, rates: Sequence[float | None] | None = None
     ) -> Outcome:
         """The padded anchor, distilled."""
         anchor = self.sources[self.detail.anchor]
@@ -333,7 +332,7 @@ class TextBed:
         target: Spec,
         guide: Any = None,
         tokens: int | None = None,
-        rates: Sequence[float] | None = None,
+        rates: Sequence[float | None] | None = None,
         features: Mapping[str, Features] | None = None,
     ) -> Outcome:
         """Heal at each learning rate (None: the case's); measure the best by validation."""

@@ -26,7 +26,7 @@ def at_best_rate(
     rows: Mapping[str, Rows],
     held_out: Mapping[str, Rows],
     settings: Heal,
-    rates: Sequence[float],
+    rates: Sequence[float | None],
     *,
     guide: Any = None,
     features: Mapping[str, Features] | None = None,
@@ -34,14 +34,14 @@ def at_best_rate(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Best:
-    """Heal a fresh student at each rate; the least worst skill on held-out rows wins, then the lower rate."""
+    """Heal a fresh student at each rate (None: its default); the least worst skill held out wins, then the lower."""
     runs = []
     for lr in rates:
-        progress(f"distil at {lr:g}")
+        progress(f"distil at {lr or 'the default rate'}")
         model = student()
         asked = replace(settings, lr=lr)
         done = heal(model, teachers, rows, held_out, asked, guide=guide, features=features, seed=seed, device=device)
-        runs.append((min(point.worst for point in done.curve), lr, model, done))
+        runs.append((min(point.worst for point in done.curve), done.lr, model, done))
     _, lr, model, done = min(runs, key=lambda run: run[:2])
     note = f"learning rate {lr:g}{f' of {len(runs)} tried' * (len(runs) > 1)}, best state at step {done.best_step}"
     extra = {
