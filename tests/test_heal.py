@@ -213,6 +213,19 @@ def test_interrupted_and_resumed_gives_the_same_bytes(case, tmp_path, at):
     assert [line["step"] for line in lines] == [p.step for p in whole.curve]
 
 
+def test_the_default_rate_is_that_of_the_start_after_an_interruption_too(case, tmp_path, monkeypatch):
+    student, teachers, rows, validation = case
+    monkeypatch.setattr("polymerge.heal._FAR", 1e-3)
+    settings = replace(FAST, lr=None)
+    handle = student.register_forward_pre_hook(Interrupt(30))
+    with pytest.raises(KeyboardInterrupt):
+        heal(student, teachers, rows, validation, settings, out=tmp_path)
+    handle.remove()
+    done = heal(model(5), teachers, rows, validation, settings, out=tmp_path)
+    assert done.lr == settings.peak(done.curve[0].worst) > settings.peak(0.0)
+    assert done.curve[-1].lr == pytest.approx(done.lr * settings.rate(39))
+
+
 def test_periodic_saves_are_enough_to_resume(case, tmp_path, monkeypatch):
     student, teachers, rows, validation = case
     heal(student, teachers, rows, validation, FAST)
