@@ -360,6 +360,9 @@ def test_less_text_than_asked_for_is_a_warning(look, made):
     level, text = found(look(made("llama"), made("llama"), fold={"length": 32, "tokens": "1M"}), "b: text")
     assert level == "warning"
     assert "fold.tokens asks for 1,000,000" in text
+    few = {"length": 32, "tokens": 64}
+    _, text = found(look(made("llama"), made("llama"), fold=few, heal={"tokens": "200k", "length": 32}), "b: text")
+    assert "healing asks for 100,000" in text
 
 
 def test_a_leak_between_skills_is_a_warning(look, made, texts, tmp_path):

@@ -75,6 +75,26 @@ def test_budgets(value, expected):
     assert recipes.budget(value).resolve(1000) == expected
 
 
+def test_a_lean_fold_is_a_word_for_three_keys():
+    lean = parse(data(fold="lean")).fold
+    assert lean == Fold(tokens=32_000, refine=0, trials=False)
+    assert lean.tokens < Fold().tokens
+
+
+@pytest.mark.parametrize(
+    ("fold", "heal", "wanted"),
+    [
+        ({}, None, 128_000),
+        ("lean", None, 32_000),  # nothing else reads them
+        ("lean", {"tokens": "100k"}, 50_000),  # half of what healing reads of two experts
+        ("lean", {"tokens": "1.7M"}, 128_000),
+        ({"tokens": "256k"}, {"tokens": "1.7M"}, 256_000),
+    ],
+)
+def test_texts_wanted_for_fold_and_healing(fold, heal, wanted):
+    assert parse(data(fold=fold, heal=heal)).wanted == wanted
+
+
 def test_union_is_a_size():
     assert parse(data(size="union")).size == "union"
 
@@ -105,6 +125,7 @@ def test_union_is_a_size():
         ({"size": {"params": -1}}, "size.params: -1 is neither a multiple"),
         ({"size": {"width": 0}}, "size.width: "),
         ({"fold": {"length": 4}}, "fold.length: "),
+        ({"fold": "leen"}, "fold: 'leen' is neither lean nor keys such as tokens: 64k"),
         ({"fold": {"tokens": "many"}}, "fold.tokens: 'many' is not a count"),
         ({"heal": {"lr": -1}}, "lr"),
         ({"heal": {"text": "some"}}, "'some' is no number"),

@@ -177,7 +177,7 @@ def _skill(recipe: Recipe, name: str, source: Source, tokenizer: Any, progress: 
     if asked.text:
         skill = read_skill(name, asked.text, field=asked.field, seed=recipe.seed)
         if tokens is None and recipe.method != "union":
-            tokens = lacking(skill, tokenizer, recipe.fold.tokens)
+            tokens = lacking(skill, tokenizer, recipe.wanted)
         if dry or not tokens:
             return skill
     assert tokens  # the recipe sees to it

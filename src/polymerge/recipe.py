@@ -53,7 +53,7 @@ class Expert(_Strict):
     """A source model and the texts of its skill (`field`: the key of JSON records).
 
     `write`: tokens that the expert writes itself, to calibrate by beside the texts, or in place of them. By default as
-    many as the texts lack of fold.tokens; 0: none.
+    many as the texts lack of what is `wanted`; 0: none.
     """
 
     model: Path
@@ -125,6 +125,10 @@ class Union(_Strict):
     skip_below: float = Field(0.0, ge=0, lt=1)
 
 
+LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
+"""`fold: lean`: a fold at a tenth of the price, for healing of a million tokens and more to start from."""
+
+
 class Fold(_Strict):
     """Calibration and solver of the fold; `trials` on held-out text choose the seven knobs, unless given."""
 
@@ -141,6 +145,13 @@ class Fold(_Strict):
     off_weight: float | None = Field(None, ge=0)
     even: float | None = Field(None, ge=0, le=1)
     hosts: Literal["ends", "centred"] | None = None
+
+
+def folding(value: object) -> object:
+    """Read "lean" as the keys it stands for."""
+    if isinstance(value, str) and value != "lean":
+        raise ValueError(f"{value!r} is neither lean nor keys such as tokens: 64k")
+    return LEAN if value == "lean" else value
 
 
 def healing(value: object) -> object:
@@ -172,12 +183,21 @@ class Recipe(_Strict):
     experts: dict[str, Expert] = Field(min_length=1)
     size: Size | Literal["union"] = Size(params=Budget(times=1.5))
     family: str | None = None
-    fold: Fold = Fold()
+    fold: Annotated[Fold, BeforeValidator(folding)] = Fold()
     union: Union = Union()
     options: dict[str, Any] = Field(default_factory=dict)
     heal: Annotated[Heal | None, BeforeValidator(healing)] = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     seed: int = Field(0, ge=0)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens of text that each expert is to have; those that its files lack it writes by default.
+
+        What the fold reads, or the expert's part of what healing reads, as far as a default fold would ask for it.
+        """
+        healed = 0 if self.heal is None else self.heal.tokens // len(self.experts)
+        return max(self.fold.tokens, min(healed, Fold().tokens))
 
     @model_validator(mode="after")
     def _names(self) -> "Recipe":

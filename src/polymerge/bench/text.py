@@ -67,8 +67,6 @@ MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (2.5e-4, 1e-3, 4e-3)}
 QUICK: dict[str, Any] = {
     "heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60, "refine_lr": 2e-3},
 }  # fmt: skip
-LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
-"""A fold that takes what 100 k tokens of healing take; where a million follow, a better one is not worth its price."""
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 SCARCE = ((0, True), (2_048, False), (2_048, True), (8_192, False), (32_768, False))

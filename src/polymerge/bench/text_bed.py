@@ -17,7 +17,7 @@ from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
-from polymerge.bench.text import LEAN, Detail, even_mixture, given
+from polymerge.bench.text import Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
 from polymerge.calibrate.texts import HELD_OUT, Skill, first, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ class TextBed:
     def fold_heal_more(self) -> Outcome:
         """A lean fold, and healing for all the operations that are left of what fold and healing took together."""
         fold = self.recipe.fold
-        lean = fold.model_copy(update=LEAN | {"tokens": min(fold.tokens, LEAN["tokens"])})
+        lean = fold.model_copy(update=recipe.LEAN | {"tokens": min(fold.tokens, recipe.LEAN["tokens"])})
         folder = self._new("lean")
         made = self._fold(folder, self.recipe.model_copy(update={"fold": lean}))
         target, features = Source(folder).spec, Features.load(folder)

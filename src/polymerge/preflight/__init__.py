@@ -162,7 +162,7 @@ def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
 def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, healed: bool) -> Iterator[Finding]:
     """Every part of every text gives at least a row; what is short of what was asked, or leaks, is told."""
     length = recipe.fold.length
-    wanted = max(1, recipe.fold.tokens // length)
+    wanted = max(1, recipe.wanted // length)
     longest = max(length, recipe.heal.length) if healed and recipe.heal is not None else length
     bos = adds_bos(tokenizer)
     for name, skill in texts.items():
@@ -175,7 +175,8 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
             yield _written(name, skill)
         found = len(pack(tokenizer, skill.calibration, length, limit=wanted, bos=bos).tokens)
         if healed and found < wanted:
-            text = f"{found * length:,} tokens to calibrate on; fold.tokens asks for {recipe.fold.tokens:,}"
+            asking = "fold.tokens" if recipe.wanted == recipe.fold.tokens else "healing"
+            text = f"{found * length:,} tokens to calibrate on; {asking} asks for {recipe.wanted:,}"
             text += "; the expert will write the rest" if recipe.experts[name].write is None else ""
             yield Finding("warning", f"{name}: text", text)
     for one, other in permutations(texts, 2):
