@@ -1,7 +1,7 @@
 """A case of the text suite merged by other settings than its own: for the tables of LOG.md that ask "what if".
 
     python examples/variant.py shakespeare+python/seed/sum --fold ownership=gate
-    python examples/variant.py rust+wiki/sum --fold tokens=32k refine=0 trials=false --heal tokens=1.65M
+    python examples/variant.py rust+wiki/sum --fold lean --heal tokens=1.65M
     python examples/variant.py gsm8k+stories/sum --size params=1.5M width=144
 
 Settings are those of a recipe (docs/recipe.md). A run adds one JSON line to `--out`: bits per byte over each skill's
@@ -50,9 +50,11 @@ def main() -> None:
         lines.write(line + "\n")
 
 
-def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """KEY=VALUE as YAML reads the value."""
-    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+def settings_of(given: list[str]) -> str | dict[str, Any]:
+    """One word as it is; KEY=VALUE as YAML reads the value."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in given)}
 
 
 def run(asked: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
