@@ -418,7 +418,7 @@ def test_the_weight_of_states_falls_to_nothing_in_a_long_run():
     assert settings.weight(0) == 3.0
     assert settings.weight(settings.steps // 4) == pytest.approx(1.5, abs=0.01)
     assert settings.weight(settings.steps // 2 + 1) == settings.weight(settings.steps) == 0
-    assert Heal(features=3.0).weight(Heal().steps) == pytest.approx(1.5, abs=0.01)
+    assert (short := replace(settings, tokens=400_000)).weight(short.steps) == pytest.approx(1.5, abs=0.01)
 
 
 def test_a_longer_run_takes_larger_steps():
@@ -428,7 +428,7 @@ def test_a_longer_run_takes_larger_steps():
 
 
 def test_a_start_far_behind_takes_larger_steps():
-    peaks = [Heal().peak(behind) for behind in (-0.1, 0.2, 0.4, 5.0, math.inf)]
+    peaks = [Heal(tokens=400_000).peak(behind) for behind in (-0.1, 0.2, 0.4, 5.0, math.inf)]
     assert peaks == pytest.approx([1e-3, 1e-3, 2e-3, 4e-3, 4e-3])
     assert Heal(lr=0.1).peak(5.0) == 0.1
 
@@ -443,7 +443,7 @@ def test_only_what_is_clearly_lost_is_taken_back(case, monkeypatch, lost, events
 
 
 def test_measuring_takes_a_small_share():
-    settings = Heal()
+    settings = Heal(tokens=400_000)
     assert settings.interval(1000) == 25
     every = settings.interval(100_000)
     assert 0.15 * 3 * every * 2048 >= 100_000

@@ -75,10 +75,27 @@ def test_budgets(value, expected):
     assert recipes.budget(value).resolve(1000) == expected
 
 
-def test_a_lean_fold_is_a_word_for_three_keys():
-    lean = parse(data(fold="lean")).fold
-    assert lean == Fold(tokens=32_000, refine=0, trials=False)
-    assert lean.tokens < Fold().tokens
+WHOLE = Fold()
+LEAN = Fold(tokens=32_000, refine=0, trials=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, WHOLE),
+        ({"fold": {}}, WHOLE),
+        ({"fold": "lean"}, LEAN),
+        ({"heal": {"tokens": "400k"}}, WHOLE),
+        ({"heal": {}}, LEAN),  # healing is long by default
+        ({"heal": {"tokens": recipes.LONG}}, LEAN),
+        ({"heal": {}, "fold": {"refine": 60}}, LEAN.model_copy(update={"refine": 60})),
+        ({"heal": {}, "fold": "whole"}, WHOLE),
+        ({"heal": {}, "fold": Fold(tokens=64_000)}, Fold(tokens=64_000)),  # given whole, from Python
+        ({"heal": {}, "method": "linear"}, WHOLE),  # which calibrates by these tokens
+    ],
+)
+def test_a_fold_is_lean_where_long_healing_follows(changes, expected):
+    assert parse(data(**changes)).fold == expected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,7 @@ def test_union_is_a_size():
         ({"size": {"params": -1}}, "size.params: -1 is neither a multiple"),
         ({"size": {"width": 0}}, "size.width: "),
         ({"fold": {"length": 4}}, "fold.length: "),
-        ({"fold": "leen"}, "fold: 'leen' is neither lean nor keys such as tokens: 64k"),
+        ({"fold": "leen"}, "fold: 'leen' is neither lean nor whole, nor keys such as tokens: 64k"),
         ({"fold": {"tokens": "many"}}, "fold.tokens: 'many' is not a count"),
         ({"heal": {"lr": -1}}, "lr"),
         ({"heal": {"text": "some"}}, "'some' is no number"),
@@ -183,4 +200,8 @@ def test_the_docs_tell_every_key_and_the_default_of_what_has_one():
         assert f"`{field.name}`" in sections["heal"], field.name
     assert f"| `tokens` | {Fold().tokens // 1000}k |" in sections["fold"]
     assert f"| `refine` | {Fold().refine} |" in sections["fold"]
-    assert f"| `lr` | {Heal().peak(0.0):.0e} at {Heal().tokens // 1000}k".replace("e-0", "e-") in sections["heal"]
+    assert f"| `tokens` | {Heal().tokens / 1e6:.1f}M |" in sections["heal"]
+    assert f"| `lr` | {Heal(tokens=400_000).peak(0.0):.0e} at 400k".replace("e-0", "e-") in sections["heal"]
+    assert f"of {recipes.LONG / 1e6:.0f}M tokens or more" in sections["fold"]
+    lean = ", ".join(f"{key}: {value}" for key, value in recipes.LEAN.items()).lower().replace("32000", "32k")
+    assert f"`lean`: `{{{lean}}}`" in sections["fold"]

@@ -39,7 +39,8 @@ class Heal:
     """The recipe's `heal:` keys. Raises RecipeError for values out of range.
 
     Attributes:
-        tokens: read in training, over all skills; more than the text has means further passes over it.
+        tokens: read in training, over all skills; more than the text has means further passes over it. The default
+            costs about what a whole fold does.
         lr: peak learning rate; by default 1e-3 at 400 k tokens and as the root of their number: the first steps undo
             some of a good start, and the longer the run, the more of that is won back. A start more than 0.2 bits per
             byte behind has the less to lose: in proportion more. 4e-3 at most.
@@ -59,7 +60,7 @@ class Heal:
         precision: of forward passes; "auto" is bfloat16 autocast where the hardware is faster with it.
     """
 
-    tokens: int = 400_000
+    tokens: int = 1_700_000
     lr: float | None = None
     warmup: float = 0.05
     batch_rows: int = 16

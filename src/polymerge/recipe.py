@@ -7,7 +7,7 @@
       prose: {model: experts/prose-llama, text: [text/prose.txt]}
       code:  {model: experts/code-neox,   text: [text/code.txt]}   # or write: 64k, and it writes its own
     size: {params: 1.5x}         # times the largest expert; or {width:, layers:, heads:, mlp:}; or union
-    heal: {tokens: 400k}         # optional
+    heal: {tokens: 1.7M}         # optional
     dtype: bfloat16
     seed: 0
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polymerge import methods
 from polymerge._suggest import closest, unknown
@@ -126,11 +126,17 @@ class Union(_Strict):
 
 
 LEAN: dict[str, Any] = {"tokens": 32_000, "refine": 0, "trials": False}
-"""`fold: lean`: a fold at a tenth of the price, for healing of a million tokens and more to start from."""
+"""`fold: lean`: a fold at a tenth of the price."""
+LONG = 1_000_000
+"""Tokens of healing from which on a lean fold ends as well as a whole one, or nearly, and what that costs is better
+spent on more of them (three pairs, LOG.md)."""
 
 
 class Fold(_Strict):
-    """Calibration and solver of the fold; `trials` on held-out text choose the seven knobs, unless given."""
+    """Calibration and solver of the fold; `trials` on held-out text choose the seven knobs, unless given.
+
+    Where `LONG` healing follows, what is not given is that of a `LEAN` fold.
+    """
 
     tokens: Count = 128_000
     length: int = Field(128, ge=8)
@@ -145,13 +151,6 @@ class Fold(_Strict):
     off_weight: float | None = Field(None, ge=0)
     even: float | None = Field(None, ge=0, le=1)
     hosts: Literal["ends", "centred"] | None = None
-
-
-def folding(value: object) -> object:
-    """Read "lean" as the keys it stands for."""
-    if isinstance(value, str) and value != "lean":
-        raise ValueError(f"{value!r} is neither lean nor keys such as tokens: 64k")
-    return LEAN if value == "lean" else value
 
 
 def healing(value: object) -> object:
@@ -174,6 +173,9 @@ def _number(value: object) -> float:
         raise ValueError(f"{value!r} is no number") from None
 
 
+WORDS = {"lean": LEAN, "whole": {key: Fold.model_fields[key].default for key in LEAN}}
+
+
 class Recipe(_Strict):
     """A whole recipe. `text` is the file verbatim, `folder` what its paths are relative to."""
 
@@ -183,12 +185,25 @@ class Recipe(_Strict):
     experts: dict[str, Expert] = Field(min_length=1)
     size: Size | Literal["union"] = Size(params=Budget(times=1.5))
     family: str | None = None
-    fold: Annotated[Fold, BeforeValidator(folding)] = Fold()
+    heal: Annotated[Heal | None, BeforeValidator(healing)] = None
+    fold: Fold = Field({}, validate_default=True)  # after `heal`, which it depends on
     union: Union = Union()
     options: dict[str, Any] = Field(default_factory=dict)
-    heal: Annotated[Heal | None, BeforeValidator(healing)] = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     seed: int = Field(0, ge=0)
+
+    @field_validator("fold", mode="before")
+    @classmethod
+    def _lean_or_whole(cls, value: object, seen: Any) -> object:
+        """The keys that a word stands for; those of a lean fold, where none are given and long healing follows."""
+        if isinstance(value, str):
+            if value not in WORDS:
+                raise ValueError(f"{value!r} is neither {' nor '.join(WORDS)}, nor keys such as tokens: 64k")
+            return WORDS[value]
+        heal, folds = seen.data.get("heal"), seen.data.get("method") == "fold"
+        if isinstance(value, dict) and folds and heal is not None and heal.tokens >= LONG:
+            return LEAN | value
+        return value
 
     @property
     def wanted(self) -> int:

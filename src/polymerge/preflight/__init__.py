@@ -80,7 +80,7 @@ def check(
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
         own = not speech.union and specs[speech.owner].family == plan.family.model_type
         findings += loading_findings(plan.family.model_type, own, speech, texts)
-    findings += _dtypes(recipe, sources)
+    findings += [*_lean(recipe), *_dtypes(recipe, sources)]
     findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
@@ -148,6 +148,14 @@ def _rival(recipe: Recipe) -> list[Finding]:
     """What a method of others does to an expert: weights are averaged in the least shape that holds each alone."""
     text = f"its weights are averaged with the others' as {recipe.method} aligns them; not measured"
     return [Finding("approximate", f"{name}: {recipe.method}", text) for name in recipe.experts]
+
+
+def _lean(recipe: Recipe) -> Iterator[Finding]:
+    """What is left out of a fold that long healing follows."""
+    fold, heal = recipe.fold, recipe.heal
+    if recipe.method == "fold" and heal is not None and not fold.refine and not fold.trials:
+        text = f"lean: of {fold.tokens:,} tokens of each expert, nothing tried or refined; fold: whole for all of it"
+        yield Finding("approximate", "fold", f"{text} before the {heal.tokens:,} tokens of healing")
 
 
 def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
