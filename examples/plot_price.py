@@ -1,4 +1,4 @@
-"""What skill costs: the worst skill of three pairs against CPU seconds, by a default fold, a lean one and no fold.
+"""What skill costs: the worst skill of three pairs against CPU seconds, by a whole fold, a lean one and no fold.
 
     python examples/plot_price.py      # examples/figures/price.png, from the rows alone
 
@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from polymerge.recipe import LEAN, count
+from polymerge import recipe
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {
@@ -20,7 +20,10 @@ CASES = {
     "rust+wiki/sum": "Mistral + Qwen2",
 }
 LENGTHS = (400_000, 800_000, 1_700_000)
-LINES = {"default fold, healed": "o-", "lean fold, healed": "s-", "padded anchor, distilled": "^:"}
+WHOLE, LEAN, ANCHOR = "whole fold, healed", "lean fold, healed", "padded anchor, distilled"
+LINES = {WHOLE: "o-", LEAN: "s-", ANCHOR: "^:"}
+FOLDS = {"{}": WHOLE, "whole": WHOLE, "lean": LEAN, str(recipe.LEAN | {"tokens": "32k"}): LEAN}
+"""What is drawn, by the fold that a row asked for."""
 Point = tuple[float, float]
 
 
@@ -30,7 +33,7 @@ def main() -> None:
 
     figure, every = plt.subplots(1, len(CASES), figsize=(9.6, 3.4), sharey=True, layout="constrained")
     for axes, (case, title) in zip(every, CASES.items(), strict=True):
-        points = folds(case) | {"padded anchor, distilled": anchor(case)}
+        points = folds(case) | {ANCHOR: anchor(case)}
         for label, style in LINES.items():
             axes.plot(*zip(*sorted(points[label]), strict=True), style, label=label)
         axes.axhline(0, color="gray", linewidth=0.8)
@@ -48,18 +51,15 @@ def folds(case: str) -> dict[str, list[Point]]:
     """CPU seconds and worst skill of both folds, alone and healed; of the lean one also as the benchmark healed it."""
     found: dict[str, list[Point]] = defaultdict(list)
     for row in rows("variants.jsonl"):
-        heal = row.get("heal") or {}
-        if row["case"] != case or set(heal) != {"tokens"} or count(heal["tokens"]) not in LENGTHS:
+        heal, label = row.get("heal") or {}, FOLDS.get(str(row.get("fold")))
+        if row["case"] != case or set(heal) != {"tokens"} or recipe.count(heal["tokens"]) not in LENGTHS or label is None:
             continue
-        if (asked := {key: count(value) for key, value in row["fold"].items()}) not in ({}, LEAN):
-            continue
-        label = "lean fold, healed" if asked else "default fold, healed"
         spent = row["cpu_seconds"]
         alone = sum(spent.get(stage, 0.0) for stage in ("basis", "choose", "refine", "fold"))
         found[label] += [
             (alone, max(row["test"]["fold"].values())), (alone + spent["heal"], max(row["test"]["healed"].values())),
         ]  # fmt: skip
-    found["lean fold, healed"] += [(row["cpu_seconds"], lost(row)) for row in of(case, "fold_heal_more")]
+    found[LEAN] += [(row["cpu_seconds"], lost(row)) for row in of(case, "fold_heal_more")]
     return found
 
 

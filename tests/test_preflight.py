@@ -365,6 +365,15 @@ def test_less_text_than_asked_for_is_a_warning(look, made):
     assert "healing asks for 100,000" in text
 
 
+def test_what_a_lean_fold_leaves_out_is_told(look, made):
+    few = {"length": 32, "tokens": 64, "refine": 0, "trials": False}
+    level, text = found(look(made("llama"), made("llama"), fold=few, heal={"tokens": "10k", "length": 32}), "fold")
+    assert level == "approximate"
+    assert "64 tokens of each expert" in text
+    assert "10,000 tokens of healing" in text
+    assert not [f for f in look(made("llama"), made("llama"), fold=few).findings if f.subject == "fold"]
+
+
 def test_a_leak_between_skills_is_a_warning(look, made, texts, tmp_path):
     skill = read_skill("a", [texts / "a.txt"])
     copied = [json.dumps({"text": document}) for document in skill.test + skill.validation]
