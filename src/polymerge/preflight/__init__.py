@@ -154,8 +154,8 @@ def _lean(recipe: Recipe) -> Iterator[Finding]:
     """What is left out of a fold that long healing follows."""
     fold, heal = recipe.fold, recipe.heal
     if recipe.method == "fold" and heal is not None and not fold.refine and not fold.trials:
-        text = f"lean: of {fold.tokens:,} tokens of each expert, nothing tried or refined; fold: whole for all of it"
-        yield Finding("approximate", "fold", f"{text} before the {heal.tokens:,} tokens of healing")
+        text = f"lean: {fold.tokens:,} tokens of each expert, nothing tried or refined"
+        yield Finding("approximate", "fold", f"{text}; {heal.tokens:,} tokens of healing follow (fold: whole for all)")
 
 
 def _dtypes(recipe: Recipe, sources: Mapping[str, Source]) -> Iterator[Finding]:
