@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from polymerge.recipe import LEAN as LEAN_KEYS
+from polymerge import recipe
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {
@@ -21,7 +21,7 @@ CASES = {
 }
 WHOLE, LEAN, ANCHOR = "whole fold, healed", "lean fold, healed", "padded anchor, distilled"
 LINES = {WHOLE: "o-", LEAN: "s-", ANCHOR: "^:"}
-FOLDS = {"{}": WHOLE, "whole": WHOLE, "lean": LEAN, str(LEAN_KEYS | {"tokens": "32k"}): LEAN}
+FOLDS = {"{}": WHOLE, "whole": WHOLE, "lean": LEAN, str(recipe.LEAN | {"tokens": "32k"}): LEAN}
 """What is drawn, by the fold that a row asked for."""
 Point = tuple[float, float]
 
