@@ -149,7 +149,7 @@ def test_the_full_profile_has_every_axis_and_more_than_two_experts():
     assert len({PLANS[n].family for n in named}) == 6
     medium = {c.name: c.detail for c in text.cases("medium")}
     assert set(medium) == {c.name for c in cases if c.detail.budget == "sum" or c.detail.axis == "base"}
-    assert all((d.heal_tokens, d.fold) == (100_000, {}) for d in medium.values())
+    assert all((d.heal_tokens, d.fold) == (100_000, {"refine": 240}) for d in medium.values())
     scarce = [d for d in medium.values() if d.text is not None]
     assert {(d.text, d.written) for d in scarce} == set(text.SCARCE)
     assert len(scarce) == 2 * len(text.SCARCE)

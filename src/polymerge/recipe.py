@@ -141,7 +141,7 @@ class Fold(_Strict):
     tokens: Count = 128_000
     length: int = Field(128, ge=8)
     ownership: Literal["label", "gate"] = "label"
-    refine: int = Field(240, ge=0)
+    refine: int = Field(480, ge=0)
     refine_lr: float = Field(4e-3, gt=0)
     trials: bool = True
     ridge: float | None = Field(None, gt=0)

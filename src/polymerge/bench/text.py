@@ -1,13 +1,13 @@
 """Suite `text`: language models of different families merged, measured in bits per byte on each one's test text.
 
 `quick`: the two experts that come with polymerge, prose (Llama) and Python code (GPT-NeoX), one tokenizer, by a fold of
-half the default's text. `full`: these at four sizes, and experts trained on the user's own texts (`text_experts.py`):
-Shakespeare and Python that differ in one axis at a time, or were tuned from a common base or from bases of two widths;
-pairs over other domains; two pairs with little text to merge by; three and four experts at once. The fold is
-`polymerge.merge` itself; every distilled method heals on the same tokens with the same grid of learning rates, the rate
-chosen by the worst skill on validation text. `medium`: full's cases at the sum of sizes, and the one with a common
-base, with a quarter of its healing, for one CPU. `large`: one pair of domains at three sizes, up to 100 million
-parameters an expert, for a GPU.
+a quarter of the default's text and an eighth of its steps. `full`: these at four sizes, and experts trained on the
+user's own texts (`text_experts.py`): Shakespeare and Python that differ in one axis at a time, or were tuned from a
+common base or from bases of two widths; pairs over other domains; two pairs with little text to merge by; three and
+four experts at once. The fold is `polymerge.merge` itself; every distilled method heals on the same tokens with the
+same grid of learning rates, the rate chosen by the worst skill on validation text. `medium`: full's cases at the sum of
+sizes, and the one with a common base, with a quarter of its healing, for one CPU. `large`: one pair of domains at three
+sizes, up to 100 million parameters an expert, for a GPU.
 """
 
 import math
@@ -67,7 +67,8 @@ MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (2.5e-4, 1e-3, 4e-3)}
 QUICK: dict[str, Any] = {
     "heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60, "refine_lr": 2e-3},
 }  # fmt: skip
-FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3)}
+FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3), "fold": {"refine": 240}}
+"""Half of the default's steps: what the rows there are were made by."""
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))
 SCARCE = ((0, True), (2_048, False), (2_048, True), (8_192, False), (32_768, False))
 """Tokens of real text, and whether the experts write more."""

@@ -38,6 +38,7 @@ experts:
   prose: {{model: {prose}, text: text/prose.txt}}
   code: {{model: {code}, text: text/code.txt}}
 size: {{params: 1.5x}}         # times the largest expert
+fold: {{refine: 240}}          # half of the default's steps: healing follows, and a demo should be short
 heal: {{tokens: 400k}}         # a short distillation from the experts
 dtype: bfloat16
 seed: 0
