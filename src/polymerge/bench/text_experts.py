@@ -2,7 +2,8 @@
 
 They are build products, kept in the cache under a hash of all that they depend on: plan, texts, split, tokenizer, seed
 and training. A byte-level BPE is trained on about as much of each domain and shared by their experts: 1,024 tokens for
-the six small domains, 8,192 for the two large ones, whose experts have up to 100 million parameters. An expert and the
+the six small domains, as many for three that no default was chosen by, 8,192 for the two large ones, whose experts have
+up to 100 million parameters. An expert and the
 tokenizer read the calibration part of the split alone (`calibrate.texts.read_skill` with the case's seed), the very
 split of the merge: nobody has read the validation and test parts.
 """
@@ -59,6 +60,9 @@ DOMAINS = {
     "wiki": Domain(("wikitext2-valid.txt",)),
     "books": Domain(("darwin.txt", "sherlock.txt")),
     "programs": Domain(("code-java.txt", "code-python.txt", "code-rust.txt")),
+    "sherlock": Domain(("sherlock.txt",)),
+    "java": Domain(("code-java.txt",)),
+    "scan": Domain(("scan-train.txt",)),
 }
 
 
@@ -73,6 +77,7 @@ class SharedTokenizer:
 TOKENIZERS = {
     "text-tokenizer": SharedTokenizer(("shakespeare", "python", "gsm8k", "stories", "rust", "wiki"), lm.VOCABULARY),
     "large-text-tokenizer": SharedTokenizer(("books", "programs"), 8 * lm.VOCABULARY),
+    "unseen-text-tokenizer": SharedTokenizer(("sherlock", "java", "scan"), lm.VOCABULARY),
 }
 
 
@@ -119,6 +124,10 @@ PLANS = {
     "stories": ExpertPlan("stories", "qwen3", 6, 72, 6, 3, 216),
     "rust": ExpertPlan("rust", "mistral", 2, 192, 8, 2, 512),
     "wiki": ExpertPlan("wiki", "qwen2", 5, 120, 5, 1, 320),
+    # Of texts and shapes that no default was ever chosen by.
+    "sherlock": ExpertPlan("sherlock", "gpt_neox", 3, 168, 7, 7, 672),
+    "java": ExpertPlan("java", "llama", 5, 96, 8, 4, 256),
+    "scan": ExpertPlan("scan", "qwen3", 4, 108, 9, 3, 288),
     # Tuned from a common base, or from bases of two widths: the home ground of task vectors.
     "wiki/base": ExpertPlan("wiki", "llama", 4, 96, 4, 4, 256),
     "wiki/wide-base": ExpertPlan("wiki", "llama", 4, 144, 6, 6, 384),
