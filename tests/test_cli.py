@@ -25,7 +25,7 @@ REPORT = Report(
     parameters=1_500_000,
     memory_bytes=900_000_000,
     disk_bytes=3_000_000,
-    seconds=60.0,
+    stages={"fold": 50.0, "evaluate": 10.0},
     sources={"prose": "llama, 4 layers"},
 )
 

@@ -7,6 +7,7 @@ result that depends on the order of a set.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -433,7 +434,7 @@ def test_report_is_plain_data_and_readable(look, made):
     largest = max(Source(made(n)).parameters for n in ("llama", "gpt2"))
     assert report.parameters <= 1.5 * largest
     summary = json.loads(json.dumps(report.summary()))
-    assert set(summary) == {"findings", "parameters", "memory_bytes", "disk_bytes", "seconds", "sources"}
+    assert set(summary) == {"findings", "parameters", "memory_bytes", "disk_bytes", "seconds", "stages", "sources"}
     assert report.disk_bytes > 2 * report.parameters
     text = str(report)
     for finding in report.findings:
@@ -457,6 +458,21 @@ def test_trials_cost_time_and_can_be_left_out(look, made, monkeypatch):
     few = {"length": 32, "refine": 0, "tokens": "1k"}
     tried, lean = (look(made("llama"), made("gpt2", "gpt2"), fold=few | {"trials": on}) for on in (True, False))
     assert lean.seconds < tried.seconds
+
+
+def test_time_is_told_by_stage_and_measuring_goes_by_the_text_that_there_is(look, made, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: 1e6)
+    experts = (made("llama"), made("gpt2", "gpt2"))
+    doubled = {}
+    for name in ("a", "b"):
+        text = (texts / f"{name}.txt").read_text()
+        (tmp_path / f"{name}.txt").write_text(text + text.replace("number", "figure"))
+        doubled[name] = str(tmp_path / f"{name}.txt")
+    short, long = look(*experts), look(*experts, changes=doubled)
+    assert set(short.stages) == {"basis", "choose", "fold", "refine", "evaluate"}
+    assert short.seconds == sum(short.stages.values())
+    assert re.search(r"time +about .* on this machine: .*refine \d", short.text())
+    assert long.stages["evaluate"] == pytest.approx(2 * short.stages["evaluate"], rel=0.2)
 
 
 def test_time_is_estimated_with_the_threads_that_the_merge_takes(look, made, monkeypatch):
@@ -489,7 +505,7 @@ tokenizers = {k: AutoTokenizer.from_pretrained(s.path) for k, s in sources.items
 specs, sizes = ({k: getattr(s, n) for k, s in sources.items()} for n in ("spec", "parameters"))
 shapes = plan.make(recipe, specs, sizes)
 texts = {k: read_skill(k, e.text) for k, e in recipe.experts.items()}
-print(replace(preflight.check(recipe, sources, tokenizers, shapes, None, texts), seconds=0.0), shapes.shapes)
+print(replace(preflight.check(recipe, sources, tokenizers, shapes, None, texts), stages={}), shapes.shapes)
 """
 
 

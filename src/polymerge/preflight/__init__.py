@@ -24,6 +24,7 @@ from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
 from polymerge.preflight.translation import translation_findings
 from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
+from polymerge.readers import HELD_OUT_ROWS, TEST_ROWS
 from polymerge.recipe import Recipe
 
 __all__ = ["Finding", "Level", "Report", "check", "check_folders", "foreign_experts", "translation_findings"]
@@ -85,11 +86,11 @@ def check(
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
         source.checkpoint.check_finite()
-    cost = estimate(recipe, sources, plan)
+    cost = estimate(recipe, sources, plan, _rows(recipe, speech.tokenizer, texts))
     if out is not None:
         require_space(out, cost.disk_bytes)
     kinds = {name: _describe(source) for name, source in sources.items()}
-    return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.seconds, kinds)
+    return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.stages, kinds)
 
 
 def check_folders(sources: Mapping[str, Source], out: Path | None) -> None:
@@ -195,6 +196,19 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
                 f"of {other!r}: scores on it will look too good"
             )
             yield Finding("warning", f"{one}: text", text)
+
+
+def _rows(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill]) -> dict[str, int]:
+    """Rows of each part that the merge will read, all skills together; what experts have yet to write among them."""
+    length, bos = recipe.fold.length, adds_bos(tokenizer)
+    most = {"calibration": max(1, recipe.fold.tokens // length), "validation": HELD_OUT_ROWS, "test": TEST_ROWS}
+    rows = dict.fromkeys(most, 0)
+    for name, skill in texts.items():
+        for part, limit in most.items():
+            writes = part == "calibration" and recipe.experts[name].write is None
+            documents = getattr(skill, part)
+            rows[part] += limit if writes else len(pack(tokenizer, documents, length, limit=limit, bos=bos).tokens)
+    return rows
 
 
 def _written(name: str, skill: Skill) -> Finding:

@@ -9,12 +9,15 @@ L_k, parameters P_k; M = Σ mlp_k.
     logits    3 · 4 · 32 T V            one batch
     outer     8 V (Σ d_k + d)           embeddings and heads; layers come one at a time
     heal      4 (5 P + Σ P_k)           weights, gradients, Adam's two moments, best state; teachers
+    basis     8 · rows · T · Σ P_k
     fold      2 N (Σ P_k + P + L (K (3 d² + M² + H²) + 4 d (M + H)) + V (d + Σ d_k))   H: width of all heads
+    choose    the same for the rows of the trials, and their refinement
     refine    8 · steps · rows · T · P
     heal      1.3 · tokens · (6 P + 2 mean P_k)               measuring on the way included
+    evaluate  2 N' (Σ P_k + 2 P)                              N': tokens of the test text
 
 Time is these operations over `SHARE` times the speed of a matrix product, measured on the spot: the part that
-kernels of small models reach. Good to a factor of about two.
+kernels of small models reach. Good to a factor of about two. What experts write is not in it.
 """
 
 import time
@@ -31,7 +34,7 @@ from polymerge.plan import Plan
 from polymerge.plan import parameters as count
 from polymerge.recipe import Recipe
 
-VALIDATION_ROWS, TEST_ROWS, BATCH = 64, 512, 32
+BATCH = 32
 LIBRARIES = 700_000_000
 """Bytes of a process that has imported torch and transformers, and of what its allocator keeps."""
 SHARE = 0.5
@@ -40,16 +43,16 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: of the result, at most; bytes; seconds."""
+    """parameters: of the result, at most; bytes; stages: seconds of each, named as a merge's record names them."""
 
     parameters: int
     memory_bytes: int
     disk_bytes: int
-    seconds: float
+    stages: dict[str, float]
 
 
-def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -> Cost:
-    """Memory, disk and time of a recipe (formulas above)."""
+def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, rows: Mapping[str, int]) -> Cost:
+    """Memory, disk and time of a recipe (formulas above); `rows`: of each part of the texts, all skills together."""
     specs = [s.spec for s in sources.values()]
     experts = sum(s.parameters for s in sources.values())
     widths, length = sum(s.width for s in specs), recipe.fold.length
@@ -59,17 +62,17 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
     beside = sum(f.stat().st_size for f in files) + 200_000  # one expert's tokenizer, or all in one
     with threads.fitting(max(s.width for s in specs)):  # as the merge has them
         rate = SHARE * speed(_device(sources))
-    measured = TEST_ROWS * length * len(specs)
-    scoring = 4 * (TEST_ROWS * length * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
+    measured = rows["test"] * length
+    scoring = 4 * (measured * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:
-        work = 2.0 * measured * experts
-        return Cost(experts, LIBRARIES + scoring, experts * each + beside, work / rate)
+        stages = {"evaluate": 2.0 * measured * experts / rate}
+        return Cost(experts, LIBRARIES + scoring, experts * each + beside, stages)
     target = max(plan.shapes, key=lambda s: count(plan.family, s))
     size = count(plan.family, target)
-    rows = len(specs) * (max(1, recipe.fold.tokens // length) + VALIDATION_ROWS)
+    read = (rows["calibration"] + rows["validation"]) * length
     mlp = sum(depth.most(s.layers, target.layers) * s.mlp for s in specs)
     folding = (
-        4 * rows * length * (2 * target.width + 3 * widths)
+        4 * read * (2 * target.width + 3 * widths)
         + 24 * (len(specs) * mlp**2 + target.width * (target.width + vocab))
         + 32 * sum((2 * s.layers + 1) * s.width**2 for s in specs)
         + 12 * BATCH * length * vocab
@@ -79,11 +82,12 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -
         recipe.heal.batch_rows * recipe.heal.length * vocab if recipe.heal else 0
     )
     memory = LIBRARIES + max(folding, scoring, healing if recipe.heal else 0)
-    work = _work(recipe, sources, plan, size, rows * length) + 2.0 * measured * (experts + 2 * size)
-    return Cost(size, memory, size * each + beside, work / rate)
+    work = _work(recipe, sources, plan, size, read) | {"evaluate": 2.0 * measured * (experts + 2 * size)}
+    stages = {stage: operations / rate for stage, operations in work.items() if operations}
+    return Cost(size, memory, size * each + beside, stages)
 
 
-def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> float:
+def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> dict[str, float]:
     """Floating-point operations of basis, trials, fold, refinement and healing."""
     specs = [s.spec for s in sources.values()]
     experts, k = sum(s.parameters for s in sources.values()), len(specs)
@@ -96,16 +100,20 @@ def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, 
     tried, knobs = settings.trials, len(GRIDS) - len(settings.given)
     refined = min(3, len(plan.shapes)) + (knobs > 0)  # what few rows chose, a neighbour on each side, knobs as at first
     texts = tokens // recipe.fold.length
-    trials, steps = 0, settings.refine.most(recipe.fold.refine, texts, k)
+    step = 8.0 * settings.refine.rows * recipe.fold.length * size
+    choosing = 0.0
     if k > 1 and tried is not None:
         rows = (1 + len(plan.shapes) // 2 + knobs) * (tried.rows + tried.held_out)
         rows += refined * (tried.refined(k) + tried.refined_held_out)
-        trials = k * rows * recipe.fold.length
-        steps += refined * settings.refine.most(min(tried.steps, recipe.fold.refine), texts, k)
-    refining = 8.0 * steps * settings.refine.rows * recipe.fold.length * size
-    basis = 8.0 * settings.basis_rows * recipe.fold.length * experts
-    healing = 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0
-    return one * (tokens + trials) + refining + basis + healing
+        choosing = one * k * rows * recipe.fold.length
+        choosing += refined * settings.refine.most(min(tried.steps, recipe.fold.refine), texts, k) * step
+    return {
+        "basis": 8.0 * min(settings.basis_rows, texts // k) * recipe.fold.length * experts,
+        "choose": choosing,
+        "fold": one * tokens,
+        "refine": settings.refine.most(recipe.fold.refine, texts, k) * step,
+        "heal": 1.3 * recipe.heal.tokens * (6.0 * size + 2.0 * experts / k) if recipe.heal else 0.0,
+    }
 
 
 def _device(sources: Mapping[str, Source]) -> str:

@@ -1,8 +1,10 @@
 """What preflight tells: findings by kind, and what the merge will need."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from polymerge.report.terminal import duration, size
 
 Level = Literal["exact", "approximate", "warning"]
 LEVELS: tuple[tuple[Level, str], ...] = (
@@ -10,6 +12,8 @@ LEVELS: tuple[tuple[Level, str], ...] = (
     ("approximate", "approximated, to be absorbed by regression, refinement and healing"),
     ("exact", "has an exact counterpart"),
 )
+SHOWN = 0.01
+"""Share of the time from which on a stage is named."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,21 @@ class Report:
     """All findings, and estimates of what the merge needs (formulas: `cost.py`).
 
     parameters: of the result at most; None where it is not known. memory_bytes: peak. disk_bytes: of the
-    output folder. seconds: wall time on this machine; the only number that differs from run to run. sources:
-    what each expert is, in a line.
+    output folder. stages: seconds of each stage on this machine; the only numbers that differ from run to run.
+    sources: what each expert is, in a line.
     """
 
     findings: tuple[Finding, ...]
     parameters: int | None
     memory_bytes: int
     disk_bytes: int
-    seconds: float
+    stages: dict[str, float]
     sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return sum(self.stages.values())
 
     def of(self, level: Level) -> tuple[Finding, ...]:
         """The findings of one kind, in order."""
@@ -43,7 +52,7 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self) | {"findings": [asdict(f) for f in self.findings]}
+        return asdict(self) | {"findings": [asdict(f) for f in self.findings], "seconds": self.seconds}
 
     def text(self) -> str:
         """Lines for a terminal."""
@@ -52,32 +61,23 @@ class Report:
             found = self.of(level)
             if found:
                 lines += ["", title, *_aligned((f.subject, f.text) for f in found)]
-        parameters = "not known" if self.parameters is None else f"at most {self.parameters:,} parameters"
-        needs = {
-            "result": parameters,
-            "disk": size(self.disk_bytes),
-            "memory": f"about {size(self.memory_bytes)}",
-            "time": f"about {duration(self.seconds)} on this machine",
-        }
-        return "\n".join([*lines, "", "needs (estimates)", *_aligned(needs.items())])
+        return "\n".join([*lines, "", "needs (estimates)", *_aligned(needs(self.summary()).items())])
 
     def __str__(self) -> str:
         return self.text()
 
 
-def size(nbytes: int) -> str:
-    """3.2 MB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes / 1e3:.0f} kB"
-
-
-def duration(seconds: float) -> str:
-    """40 s, 3 min, 2.5 h."""
-    if seconds < 90:  # noqa: PLR2004  seconds
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+def needs(found: Mapping[str, Any]) -> dict[str, str]:
+    """What a report's summary says of size, disk, memory and time; stages that take a hundredth of it by name."""
+    parameters, stages, seconds = found["parameters"], found["stages"], found["seconds"]
+    some = {stage: taken for stage, taken in stages.items() if taken > SHOWN * seconds}
+    parts = ", ".join(f"{stage} {duration(taken)}" for stage, taken in some.items())
+    return {
+        "result": "size not known" if parameters is None else f"at most {parameters:,} parameters",
+        "disk": size(found["disk_bytes"]),
+        "memory": f"about {size(found['memory_bytes'])}",
+        "time": f"about {duration(seconds)} on this machine" + (f": {parts}" if len(some) > 1 else ""),
+    }
 
 
 def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:

@@ -87,19 +87,12 @@ def listing(rows: Sequence[Mapping[str, str]]) -> Table:
 
 def preflight(found: Mapping[str, Any]) -> RenderableType:
     """The report before a merge: sources, findings by kind with the warnings first, and what it will need."""
-    from polymerge.preflight.report import LEVELS
+    from polymerge.preflight.report import LEVELS, needs
 
     groups = [("sources", list(found["sources"].items()))]
     for level, title in LEVELS:
         groups.append((title, [(f["subject"], f["text"]) for f in found["findings"] if f["level"] == level]))
-    parameters = found["parameters"]
-    needs = [
-        ("result", "size not known" if parameters is None else f"at most {parameters:,} parameters"),
-        ("disk", size(found["disk_bytes"])),
-        ("memory", f"about {size(found['memory_bytes'])}"),
-        ("time", f"about {duration(found['seconds'])} on this machine"),
-    ]
-    groups = [(title, rows) for title, rows in [*groups, ("needs (estimates)", needs)] if rows]
+    groups = [(title, rows) for title, rows in [*groups, ("needs (estimates)", list(needs(found).items()))] if rows]
     width = max(len(subject) for _, rows in groups for subject, _ in rows)
     parts: list[RenderableType] = []
     for title, rows in groups:
