@@ -454,14 +454,14 @@ def test_cost_grows_with_what_is_asked(look, made):
 
 
 def test_trials_cost_time_and_can_be_left_out(look, made, monkeypatch):
-    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: 1e9)
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda *_: 1e9)
     few = {"length": 32, "refine": 0, "tokens": "1k"}
     tried, lean = (look(made("llama"), made("gpt2", "gpt2"), fold=few | {"trials": on}) for on in (True, False))
     assert lean.seconds < tried.seconds
 
 
 def test_time_is_told_by_stage_and_measuring_goes_by_the_text_that_there_is(look, made, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: 1e6)
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda *_: 1e6)
     experts = (made("llama"), made("gpt2", "gpt2"))
     doubled = {}
     for name in ("a", "b"):
@@ -478,7 +478,7 @@ def test_time_is_told_by_stage_and_measuring_goes_by_the_text_that_there_is(look
 def test_time_is_estimated_with_the_threads_that_the_merge_takes(look, made, monkeypatch):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(2)
-    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda _device: seen.append(torch.get_num_threads()) or 1e9)
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
     try:
         look(made("llama"), made("gpt2", "gpt2"))
     finally:

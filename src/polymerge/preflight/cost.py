@@ -39,6 +39,9 @@ LIBRARIES = 700_000_000
 """Bytes of a process that has imported torch and transformers, and of what its allocator keeps."""
 SHARE = 0.5
 """Measured over the demo (two models of a million parameters) on one core, beside another run."""
+NARROW, WIDE = 512, 2048
+"""Rows of the product that measures the machine. Beside other work, threads wait longer for each other than a small one
+takes: two on two cores, one of them busy, reached 16 GFLOP/s by 512 rows and 66 by 2,048."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, r
     each = getattr(torch, recipe.dtype).itemsize
     files = (f for s in sources.values() for f in s.checkpoint.tokenizer_files())
     beside = sum(f.stat().st_size for f in files) + 200_000  # one expert's tokenizer, or all in one
-    with threads.fitting(max(s.width for s in specs)):  # as the merge has them
-        rate = SHARE * speed(_device(sources))
+    widest = max(s.width for s in specs)
+    with threads.fitting(widest):  # as the merge has them
+        rate = SHARE * speed(_device(sources), NARROW if widest <= threads.SMALL else WIDE)
     measured = rows["test"] * length
     scoring = 4 * (measured * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:
@@ -120,9 +124,8 @@ def _device(sources: Mapping[str, Source]) -> str:
     return next(iter(sources.values())).device
 
 
-def speed(device: str, seconds: float = 0.05) -> float:
-    """Floating-point operations per second of a float32 product of 512 × 512, measured for `seconds`."""
-    n = 512
+def speed(device: str, n: int = NARROW, seconds: float = 0.05) -> float:
+    """Floating-point operations per second of a float32 product of n × n, measured for `seconds` at least."""
     x = torch.ones(n, n, device=device)
     _ = float((x @ x)[0, 0])
     start, done = time.perf_counter(), 0
