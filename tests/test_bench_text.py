@@ -1,13 +1,14 @@
 """The text suite: its experts are build products that read calibration text only; every method gives bits per byte."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from polymerge import bench
+from polymerge import bench, methods
 from polymerge.bench import lm, text, text_bed, text_experts
 from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
@@ -226,6 +227,18 @@ def test_every_method_of_the_text_suite_gives_bits_per_byte(tmp_path, monkeypatc
 
 def bed_of(tmp_path, **detail: object) -> text_bed.TextBed:
     return text_bed.TextBed(Case("prose+code/few/sum", "scarce", replace(FEW, **detail)), 0, tmp_path)
+
+
+def test_an_anchor_that_can_be_no_result_is_counted_and_padded_as_what_the_fold_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["polymerge.merge"], "TEST_ROWS", 8)
+    few = {"tokens": 2048, "refine": 0, "trials": False}
+    bed = bed_of(tmp_path, anchor="code", fold=few)
+    fold, padded, spread = bed.fold(), bed.anchor_distill(), bed.rival(methods.rival("linear")())
+    assert bed.sources["code"].spec.family == "gpt_neox"
+    assert fold.size["family"] == padded.size["family"] == spread.size["family"] == "llama"
+    assert bed.fold_heal().parameters == fold.parameters
+    assert "code translated from gpt_neox" in padded.notes
+    assert padded.scores["code"] < padded.scores["prose"]
 
 
 def rows_distilled(bed: text_bed.TextBed, monkeypatch) -> dict[str, int]:

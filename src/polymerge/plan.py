@@ -6,7 +6,7 @@ most skill is measured on calibration text (`methods/fold.py`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polymerge import families
@@ -43,6 +43,15 @@ def parameters(family: Family, spec: Spec) -> int:
     return sum(n * (spec.layers if layered else 1) for n, layered in per_row)
 
 
+def family_of(recipe: Recipe, specs: Mapping[str, Spec]) -> Family:
+    """The result's: as asked, or the anchor's, or llama where that can't be one. Raises PreflightError: no result's."""
+    anchor = specs[recipe.anchor]
+    name = recipe.family or (anchor.family if anchor.family in TARGETS else "llama")
+    if name not in TARGETS:
+        raise PreflightError(f"family: {name!r} cannot be a result; choose one of {', '.join(TARGETS)}")
+    return families.get(name)
+
+
 def make(
     recipe: Recipe,
     specs: dict[str, Spec],
@@ -54,11 +63,7 @@ def make(
 
     Raises PreflightError when no shape fits what was asked.
     """
-    anchor = specs[recipe.anchor]
-    name = recipe.family or (anchor.family if anchor.family in TARGETS else "llama")
-    if name not in TARGETS:
-        raise PreflightError(f"family: {name!r} cannot be a result; choose one of {', '.join(TARGETS)}")
-    family = families.get(name)
+    anchor, family = specs[recipe.anchor], family_of(recipe, specs)
     experts = [spec for name, spec in specs.items() if part is None or name in part]
     base = replace(_base(family, anchor, experts), vocab=vocab or anchor.vocab)
     if recipe.method != "fold":
@@ -84,7 +89,7 @@ def make(
                 f"{most / largest:.2f}x the largest expert); ask for less, or for `size: union`"
             )
         raise PreflightError(
-            f"size: {budget:,} parameters hold no {name} of {layers} layers for these experts; "
+            f"size: {budget:,} parameters hold no {family.model_type} of {layers} layers for these experts; "
             f"the least is about {least:,} ({least / largest:.2f}x the largest expert)"
         )
     return Plan(family, tuple(found), budget)

@@ -1,7 +1,7 @@
 """The experts of one text case, and every method on them (see `text.py` for the suite)."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from polymerge import families, plan, recipe
+from polymerge import plan, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
 from polymerge.bench.answers import Weights
@@ -80,7 +80,8 @@ class TextBed:
             "heal": asdict(self.detail), "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
             "training": {name: one.record for name, one in found.items() if one.record},
         }  # fmt: skip
-        self.shared, self.family = Shared(shared or scratch), families.get(self.sources[self.detail.anchor].spec.family)
+        self.shared = Shared(shared or scratch)
+        self.family = plan.family_of(self.recipe, {name: s.spec for name, s in self.sources.items()})
 
     def union(self) -> Outcome:
         """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
@@ -177,7 +178,7 @@ class TextBed:
             except PreflightError:
                 if all(alignable(s.spec, self._target()) for s in self.sources.values()):
                     raise
-                experts, note, flops, reused = self._translated()
+                experts, note, flops, reused = self._translated(self.sources)
                 before = products.flops
                 target, weights, shape = self._merged_by(method, experts)
                 flops += products.flops - before
@@ -256,14 +257,16 @@ class TextBed:
         make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
         return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
 
-    def _translated(self) -> tuple[dict[str, Source], str, int, tuple[float, float]]:
-        """The experts, each that has no counterpart in the result's family folded alone into it at its own size.
+    def _translated(self, names: Iterable[str]) -> tuple[dict[str, Source], str, int, tuple[float, float]]:
+        """The experts; of those named, each without a counterpart in the result's family folded alone into it.
 
-        In the rivals' favour: none of them could merge it as it is. Also what to say of it, its operations and seconds.
+        At its own size, in favour of rivals and controls: none of them could take it as it is. Also what to say of it,
+        its operations and seconds.
         """
         experts, said, spent, wall, cpu = dict(self.sources), [], 0, 0.0, 0.0
         target = self._target()
-        for name, source in self.sources.items():
+        for name in names:
+            source = self.sources[name]
             if alignable(source.spec, target):
                 continue
             folder, outcome = self.shared.model(f"translated-{name}", partial(self._translate, name, target))
@@ -314,7 +317,8 @@ class TextBed:
         self, guide: Any = None, tokens: int | None = None, rates: Sequence[float | None] | None = None
     ) -> Outcome:
         """The padded anchor, distilled."""
-        anchor = self.sources[self.detail.anchor]
+        experts, said, spent, reused = self._translated([self.detail.anchor])
+        anchor = experts[self.detail.anchor]
 
         def padded(target: Spec) -> Weights:
             return gathered(pad(anchor, target, torch.Generator().manual_seed(self.seed)))
@@ -323,7 +327,8 @@ class TextBed:
         folder = self._new("padded")
         self._save(folder, target, weights)
         outcome = self._distilled(lambda: load_student(folder), target, guide, tokens, rates)
-        outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
+        outcome.notes = "; ".join(filter(None, (outcome.notes, note, said)))
+        outcome.flops, outcome.reused = (outcome.flops or 0) + spent, reused
         return outcome
 
     def _distilled(
