@@ -24,6 +24,11 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 64},
+    "gemma": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
+    "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "attention_multiplier": 0.5, "logits_scaling": 2.0},
+    "phi3": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None},
+    "stablelm": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "starcoder2": {"intermediate_size": 48, "num_key_value_heads": 2},
 }
 
 

@@ -26,7 +26,19 @@ def states(run, weights, tokens):
 
 @pytest.mark.parametrize(
     ("family", "most"),
-    [("llama", 1e-6), ("mistral", 1e-6), ("qwen2", 1e-3), ("qwen3", 0.05), ("gpt2", 0.4), ("gpt_neox", 0.25)],
+    [
+        ("llama", 1e-6),
+        ("mistral", 1e-6),
+        ("qwen2", 1e-3),
+        ("qwen3", 0.05),
+        ("gpt2", 0.4),
+        ("gpt_neox", 0.25),
+        ("phi3", 1e-6),
+        ("granite", 1e-6),
+        ("gemma", 1e-4),
+        ("stablelm", 0.1),
+        ("starcoder2", 0.05),
+    ],
 )
 def test_a_fold_at_full_size_holds_the_states_of_its_expert(family, most, save_model, tmp_path):
     """As transformers gives them: exactly where a Llama can, nearly elsewhere. Another layer's states it misses."""

@@ -117,7 +117,7 @@ def test_float32_is_exact_to_its_precision(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_shapes_are_the_targets(family, tmp_path):
-    from polymerge.model.source import axis_lengths
+    from polymerge.model.spec import axis_lengths
 
     anchor = save(tmp_path, family)
     model = padded(anchor, larger(anchor.spec))

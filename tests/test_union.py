@@ -10,12 +10,17 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from polymerge.checkpoint.reader import Checkpoint
@@ -48,6 +53,11 @@ CONFIGS = {
     "qwen3": Qwen3Config(**LLAMA, head_dim=8),
     "gpt2": GPT2Config(**GPT2),
     "gpt_neox": GPTNeoXConfig(**{**LLAMA, "hidden_size": 20}, tie_word_embeddings=False),
+    "gemma": GemmaConfig(**LLAMA, head_dim=8),
+    "granite": GraniteConfig(**LLAMA, attention_multiplier=0.5, embedding_multiplier=3.0, residual_multiplier=0.7),
+    "phi3": Phi3Config(**LLAMA),
+    "stablelm": StableLmConfig(**LLAMA),
+    "starcoder2": Starcoder2Config(**LLAMA),
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from polymerge import families
 from polymerge.align import depth
 from polymerge.errors import PreflightError
-from polymerge.model.spec import Family, Spec
+from polymerge.model.spec import Family, Spec, axis_lengths
 from polymerge.recipe import Recipe, Size
 
 TARGETS = tuple(name for name in families.names() if families.get(name).write is not None)
@@ -32,15 +32,11 @@ class Plan:
 def parameters(family: Family, spec: Spec) -> int:
     """Parameters of a model, from its family's table."""
     sizes = spec.sizes()
-    per_row = [
-        (
-            math.prod(sizes[a] for a in row.axes.replace("(", " ").replace(")", " ").split()),
-            "{layer}" in row.name,
-        )
+    return sum(
+        math.prod(axis_lengths(row.axes, sizes)) * (spec.layers if "{layer}" in row.name else 1)
         for row in family.tensors
         if row.when is None or row.when in spec.features
-    ]
-    return sum(n * (spec.layers if layered else 1) for n, layered in per_row)
+    )
 
 
 def family_of(recipe: Recipe, specs: Mapping[str, Spec]) -> Family:

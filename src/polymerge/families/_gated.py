@@ -1,4 +1,4 @@
-"""What llama, mistral, qwen2 and qwen3 share: pre-norm RMSNorm, RoPE, grouped KV heads, gated MLP, these names."""
+"""What most families share with llama: a norm before attention and MLP, RoPE, grouped KV heads, these names."""
 
 from typing import Any
 
@@ -42,6 +42,12 @@ MLP_BIAS: tuple[Stored, ...] = (
     stored(_AT + "mlp.down_proj.bias", "resid", "down.bias", when="mlp_bias"),
 )
 
+NORM_BIAS: tuple[Stored, ...] = (
+    stored(_AT + "input_layernorm.bias", "resid", "norm1.bias"),
+    stored(_AT + "post_attention_layernorm.bias", "resid", "norm2.bias"),
+    stored("model.norm.bias", "resid", "norm.bias"),
+)
+
 QK_NORM: tuple[Stored, ...] = (
     stored(_AT + "self_attn.q_norm.weight", "hd", "q_norm.weight", when="qk_norm"),
     stored(_AT + "self_attn.k_norm.weight", "hd", "k_norm.weight", when="qk_norm"),
@@ -58,8 +64,18 @@ TINY: dict[str, Any] = {
 }
 
 
-def read(config: Any, features: set[str], window: int | None = None) -> Spec:
-    """The spec of a config of this group, with the features that the family has found in it."""
+def biases(config: Any) -> set[str]:
+    """The features of those biases that a config of this group has a key for."""
+    return ({"qkv_bias", "o_bias"} if config.attention_bias else set()) | (
+        {"mlp_bias"} if getattr(config, "mlp_bias", False) else set()
+    )
+
+
+def read(config: Any, features: set[str], window: int | None = None, layer_norm: float | None = None) -> Spec:
+    """The spec of a config of this group, with the features that the family has found in it.
+
+    `layer_norm`: the epsilon of LayerNorms (None: RMSNorms, the config says which).
+    """
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs, scale = frequencies(config, head_size)
     return Spec(
@@ -71,8 +87,8 @@ def read(config: Any, features: set[str], window: int | None = None) -> Spec:
         kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_size=head_size,
         mlp=config.intermediate_size,
-        norm="rms",
-        eps=config.rms_norm_eps,
+        norm="rms" if layer_norm is None else "layer",
+        eps=config.rms_norm_eps if layer_norm is None else layer_norm,
         activation=config.hidden_act,
         gated=True,
         tied=bool(config.tie_word_embeddings),

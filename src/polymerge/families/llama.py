@@ -7,12 +7,7 @@ from polymerge.model.spec import Family, Spec
 
 
 def _read(config: Any) -> Spec:
-    features = set()
-    if config.attention_bias:
-        features |= {"qkv_bias", "o_bias"}
-    if config.mlp_bias:
-        features.add("mlp_bias")
-    return _gated.read(config, features)
+    return _gated.read(config, _gated.biases(config))
 
 
 FAMILY = Family(

@@ -9,10 +9,7 @@ from polymerge.model.spec import Family, Spec
 
 def _read(config: Any) -> Spec:
     no_sliding_layers(config)
-    features = {"qk_norm"}
-    if config.attention_bias:
-        features |= {"qkv_bias", "o_bias"}
-    return _gated.read(config, features)
+    return _gated.read(config, {"qk_norm"} | _gated.biases(config))
 
 
 FAMILY = Family(

@@ -7,19 +7,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from polymerge.errors import FamilyError
 
-STATIC = ("default", "linear", "llama3", "yarn")
+KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def frequencies(config: Any, head_size: int) -> tuple[tuple[float, ...], float]:
     """Radians per token of each rotary pair, and the factor on cos and sin.
 
-    Raises FamilyError for scalings whose frequencies depend on the length of the text.
+    Of LongRoPE (Ding et al. 2024) those of texts up to `original_max_position_embeddings`. Raises FamilyError for
+    scalings whose frequencies change with every length.
     """
     rope = config.rope_parameters
     kind = rope["rope_type"]
-    if kind not in STATIC:
+    if kind not in KNOWN:
         raise FamilyError(
-            f"config.json: rope_type {kind!r} depends on the text's length; supported: {', '.join(STATIC)}. "
+            f"config.json: rope_type {kind!r} depends on the text's length; supported: {', '.join(KNOWN)}. "
             "Merge a variant of the model without it"
         )
     if kind != "default":

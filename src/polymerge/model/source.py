@@ -17,7 +17,7 @@ from polymerge import families
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import FamilyError
 from polymerge.model import decoder
-from polymerge.model.spec import CANONICAL, HARMLESS, Family, Spec, Stored
+from polymerge.model.spec import CANONICAL, HARMLESS, Family, Spec, Stored, axis_lengths
 
 
 class Source:
@@ -44,10 +44,11 @@ class Source:
         )
 
     def outer(self) -> dict[str, Tensor]:
-        """Embeddings, positions, final norm and head by role (a tied head is the embedding)."""
-        weights = self._load(None)
+        """Embeddings, positions, final norm and head by role (a tied head is the embedding, each by its own factor)."""
+        weights, factors = self._load(None), dict(self.spec.factors)
         if self.spec.tied:
-            weights["head.weight"] = weights["embed.weight"]
+            ratio = factors.get("head.weight", 1.0) / factors.get("embed.weight", 1.0)
+            weights["head.weight"] = weights["embed.weight"] if ratio == 1 else ratio * weights["embed.weight"]
         return weights
 
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -150,27 +151,38 @@ def _refuse(unknown: list[str], config: Any) -> None:
         )
 
 
-def axis_lengths(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    """Shape of a stored tensor from its axes, "(head hd) resid" -> (head * hd, resid)."""
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", axes)
-    return tuple(torch.Size([sizes[a] for a in (inner or single).split()]).numel() for inner, single in groups)
-
-
 def unpack(row: Stored, tensor: Tensor, spec: Spec) -> dict[str, Tensor]:
-    """A stored tensor as canonical tensors by role (fused families have no KV groups: q's axes serve all three)."""
-    sizes = {axis: n for axis, n in spec.sizes().items() if axis in re.findall(r"\w+", row.axes)}
-    if len(row.roles) == 1:
-        return {row.roles[0]: rearrange(tensor, f"{row.axes} -> {CANONICAL[row.roles[0]]}", **sizes).contiguous()}
-    parts = rearrange(tensor, f"{row.axes} -> qkv {CANONICAL[row.roles[0]]}", **sizes)
-    return dict(zip(row.roles, (p.contiguous() for p in parts), strict=True))
+    """A stored tensor as canonical tensors by role, as the engine computes with them."""
+    if "|" in row.axes:
+        rows = row.parts()
+        lengths = [axis_lengths(part.axes, spec.sizes())[0] for part in rows]
+        found = [unpack(part, t, spec) for part, t in zip(rows, tensor.split(lengths), strict=True)]
+        return {role: t for one in found for role, t in one.items()}
+    sizes, factors = _axes(row, spec), dict(spec.factors)
+    # An axis qkv needs heads without KV groups: q's axes serve all three.
+    stack = "qkv " if len(row.roles) > 1 else ""
+    parts = rearrange(tensor, f"{row.axes} -> {stack}{CANONICAL[row.roles[0]]}", **sizes)
+    each = parts if stack else (parts,)
+    return {
+        role: ((t + row.plus) * factors.get(role, 1.0) if row.plus or role in factors else t).contiguous()
+        for role, t in zip(row.roles, each, strict=True)
+    }
 
 
 def pack(row: Stored, weights: dict[str, Tensor], spec: Spec) -> Tensor:
     """The inverse of `unpack`: the stored tensor of a row."""
-    sizes = {axis: n for axis, n in spec.sizes().items() if axis in re.findall(r"\w+", row.axes)}
-    if len(row.roles) == 1:
-        packed: Tensor = rearrange(weights[row.roles[0]], f"{CANONICAL[row.roles[0]]} -> {row.axes}", **sizes)
-    else:
-        stack = torch.stack([weights[role] for role in row.roles])
-        packed = rearrange(stack, f"qkv {CANONICAL[row.roles[0]]} -> {row.axes}", **sizes)
+    if "|" in row.axes:
+        return torch.cat([pack(part, weights, spec) for part in row.parts()])
+    factors = dict(spec.factors)
+    each = [
+        weights[role] / factors.get(role, 1.0) - row.plus if row.plus or role in factors else weights[role]
+        for role in row.roles
+    ]
+    stack, whole = ("qkv ", torch.stack(each)) if len(each) > 1 else ("", each[0])
+    packed: Tensor = rearrange(whole, f"{stack}{CANONICAL[row.roles[0]]} -> {row.axes}", **_axes(row, spec))
     return packed.contiguous()
+
+
+def _axes(row: Stored, spec: Spec) -> dict[str, int]:
+    """The lengths of the axes that a row names."""
+    return {axis: n for axis, n in spec.sizes().items() if axis in re.findall(r"\w+", row.axes)}

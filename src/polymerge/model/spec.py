@@ -17,8 +17,10 @@ and outside the layers: embed.weight "vocab resid", positions.weight "position r
 "resid", head.weight "vocab resid".
 """
 
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 CANONICAL: Mapping[str, str] = {
@@ -43,7 +45,11 @@ CANONICAL: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What one decoder computes. Sizes are counts; `frequencies` are radians per token of each rotary pair."""
+    """What one decoder computes. Sizes are counts; `frequencies` are radians per token of each rotary pair.
+
+    `factors`: (role, number) pairs for a family that multiplies where others do not, such as a Granite's
+    states after the embedding. Weights come from the source with them, so that the engine needs no such thing.
+    """
 
     family: str
     vocab: int
@@ -64,6 +70,7 @@ class Spec:
     rope_theta: float = 10000.0
     window: int | None = None
     parallel: bool = False
+    factors: tuple[tuple[str, float], ...] = ()
     features: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -89,8 +96,9 @@ class Spec:
 class Stored:
     """One stored tensor: its name ("{layer}" inside a layer), its axes, and the role or roles that it holds.
 
-    A fused tensor has an axis "qkv" and three roles. `when` names the `Spec.features` entry without which
-    the tensor does not exist; `also` lists other names under which releases have stored it.
+    A fused tensor has an axis "qkv" and three roles or, where its parts stand one after the other and may differ in
+    length, "(head hd | kvhead hd | kvhead hd) resid". `when` names the `Spec.features` entry without which the tensor
+    does not exist; `also` lists other names under which releases have stored it; `plus` is added to what is stored.
     """
 
     name: str
@@ -98,6 +106,13 @@ class Stored:
     roles: tuple[str, ...]
     when: str | None = None
     also: tuple[str, ...] = ()
+    plus: float = 0.0
+
+    def parts(self) -> tuple["Stored", ...]:
+        """A row for each role of parts that stand one after the other, along the first axis."""
+        first, rest = self.axes.removeprefix("(").split(")")
+        axes = [f"({part.strip()}){rest}" for part in first.split("|")]
+        return tuple(replace(self, axes=a, roles=(role,)) for a, role in zip(axes, self.roles, strict=True))
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,15 @@ HARMLESS = frozenset({
 """Config keys that never change the logits of a causal language model at inference."""
 
 
-def stored(name: str, axes: str, *roles: str, when: str | None = None, also: tuple[str, ...] = ()) -> Stored:
+def axis_lengths(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that axes stand for, "(head hd | hd) resid" -> (head * hd + hd, resid)."""
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", axes)
+    parts = [(inner or single).split("|") for inner, single in groups]
+    return tuple(sum(math.prod(sizes[a] for a in part.split()) for part in group) for group in parts)
+
+
+def stored(
+    name: str, axes: str, *roles: str, when: str | None = None, also: tuple[str, ...] = (), plus: float = 0.0
+) -> Stored:
     """A row of a family table."""
-    return Stored(name, axes, roles, when, also)
+    return Stored(name, axes, roles, when, also, plus)

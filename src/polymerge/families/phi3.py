@@ -1,0 +1,42 @@
+"""Phi-3 and Phi-4 (Abdin et al. 2024): Llama whose queries, keys and values, and gates and ups, are stored as one."""
+
+from typing import Any
+
+from polymerge.families import _gated
+from polymerge.model.spec import Family, Spec, stored
+
+_AT = "model.layers.{layer}."
+_FUSED = {
+    _AT + "self_attn.q_proj.weight": stored(
+        _AT + "self_attn.qkv_proj.weight",
+        "(head hd | kvhead hd | kvhead hd) resid",
+        "q.weight",
+        "k.weight",
+        "v.weight",
+    ),
+    _AT + "mlp.gate_proj.weight": stored(
+        _AT + "mlp.gate_up_proj.weight", "(ff | ff) resid", "gate.weight", "up.weight"
+    ),
+}
+_IN_THEM = {role for row in _FUSED.values() for role in row.roles[1:]}
+
+
+def _read(config: Any) -> Spec:
+    return _gated.read(config, set(), window=config.sliding_window)
+
+
+FAMILY = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    tensors=tuple(_FUSED.get(row.name, row) for row in _gated.TENSORS if row.roles[0] not in _IN_THEM),
+    read=_read,
+    claimed=_gated.CLAIMED
+    | {
+        "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor", "resid_pdrop", "sliding_window",
+        # in published configs, and read by nothing; a bias that they promised would be refused as a tensor
+        "attention_bias", "full_attn_mod", "interpolate_factor", "lm_head_bias", "mlp_bias",
+    },
+    tiny={**_gated.TINY, "sliding_window": 6, "pad_token_id": 0},
+    prefix="model.",
+    buffers=("rotary_emb.inv_freq",),
+)  # fmt: skip
