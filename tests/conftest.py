@@ -11,9 +11,9 @@ import pytest
 
 jaxtyping.install_import_hook("polymerge", "beartype.beartype")
 
-import torch  # noqa: E402
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny models more threads only cost, here and in the commands that tests start
 
-torch.set_num_threads(1)  # for tiny models more threads only cost
+import torch  # noqa: E402
 
 BYTES = 257  # tokens of the byte tokenizer: every byte, and the end of text
 

@@ -528,7 +528,7 @@ runner.run("modular", "quick", sys.argv[1], ["union", "anchor", "best_expert", "
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     here = Path(__file__).parent
     script = KILLED.format(tests=str(here))
-    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache")}
     out = tmp_path / "out"
     first = subprocess.run([sys.executable, "-c", script, str(out), "kill"], env=environment, cwd=here, check=False)
     assert first.returncode == -signal.SIGKILL
@@ -565,7 +565,7 @@ if __name__ == "__main__":
 def test_two_workers_share_a_case_and_an_interrupt_ends_both_quietly(tmp_path):
     here, script, out = Path(__file__).parent, tmp_path / "run.py", tmp_path / "out"
     script.write_text(SHARED.format(tests=str(here)))
-    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "POLYMERGE_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, str(script), str(out)]
     run = subprocess.Popen(
         [*command, "wait"], env=environment, cwd=here, stderr=subprocess.PIPE, text=True, start_new_session=True
