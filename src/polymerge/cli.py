@@ -114,7 +114,7 @@ def merge(
 
 @app.command(epilog="[bold]Example[/]\n\n[cyan]polymerge inspect models/prose-llama models/code-neox[/]")
 def inspect(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Checkpoint folders, or hf:ORG/NAME.")],
     *,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +142,7 @@ def inspect(
     ),
 )
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hf:ORG/NAME.")],
     *,
     text: Annotated[
         list[str],

@@ -102,10 +102,10 @@ def load_for_evaluation(
     if not own:
         checkpoint.check()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=own)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=own)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it ({str(error).splitlines()[0]})") from error
-    return model.to(device).eval(), load_tokenizer(Path(path))
+    return model.to(device).eval(), load_tokenizer(checkpoint.path)
 
 
 def is_own_union(checkpoint: Checkpoint) -> bool:

@@ -151,7 +151,10 @@ def prepare(
     """Open everything, plan, and check it all: nothing is written yet. Raises PolymergeError."""
     recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
     progress.stage("preflight")
-    sources = {k: Source(e.model, device=pick_device(device)) for k, e in recipe.experts.items()}
+    sources = {}
+    for name, expert in recipe.experts.items():
+        progress.advance(f"opens {expert.model}", 0)  # of the hub it may have to be fetched
+        sources[name] = Source(expert.model, device=pick_device(device))
     preflight.check_folders(sources, out)
     tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
     sizes = {k: s.parameters for k, s in sources.items()}

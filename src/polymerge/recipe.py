@@ -24,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from polymerge import methods
 from polymerge._suggest import closest, unknown
+from polymerge.checkpoint import hub
 from polymerge.errors import RecipeError
 from polymerge.heal import Heal
 
@@ -264,13 +265,18 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
         raise RecipeError(f"{where}: {error}") from None
     base = folder or Path()
     experts = {
-        name: e.model_copy(update={"model": base / e.model, "text": [base / t for t in e.text]})
+        name: e.model_copy(update={"model": _place(base, e.model), "text": [base / t for t in e.text]})
         for name, e in recipe.experts.items()
     }
     options = dict(recipe.options)
     if isinstance(options.get("bases"), list):
-        options["bases"] = [str(base / str(b)) for b in options["bases"]]
+        options["bases"] = [str(_place(base, Path(str(b)))) for b in options["bases"]]
     return recipe.model_copy(update={"experts": experts, "options": options})
+
+
+def _place(base: Path, model: Path) -> Path:
+    """Where a model is: relative to the recipe, but for one of the hub."""
+    return model if hub.named(model) else base / model
 
 
 def _first(error: ValidationError) -> str:

@@ -12,6 +12,7 @@ import yaml
 from polymerge import preflight
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Skill
+from polymerge.checkpoint import hub
 from polymerge.checkpoint.card import Card, SkillRow, model_card
 from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -30,10 +31,11 @@ FOLD = "fold.json"
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, with the names of folders and files only."""
+    """The recipe as plain data, with the names of folders and files only, and of models on the hub."""
     data = recipe.model_dump(mode="json", exclude_none=True)
     for expert in data["experts"].values():
-        expert["model"] = Path(expert["model"]).name
+        if not hub.named(expert["model"]):
+            expert["model"] = Path(expert["model"]).name
         expert["text"] = [Path(t).name for t in expert["text"]]
     return data
 
@@ -120,7 +122,7 @@ def finish(
     ))  # fmt: skip
     writer.text("README.md", model_card(Card(
         title=f"Merge of {', '.join(recipe.experts)}",
-        base_models=[s.path.name for s in sources.values()],
+        base_models=[hub.title(s.path) for s in sources.values()],
         method=recipe.method,
         recipe=text,
         description=_describe(recipe, result),

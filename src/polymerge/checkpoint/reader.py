@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder, read lazily: one tensor, or a part of one, at a time.
 
 Layout read: `config.json` beside either `model.safetensors` or `model.safetensors.index.json` and its shards.
-Constructing a `Checkpoint` reads nothing. Names, shapes and dtypes come from the safetensors headers
+Constructing a `Checkpoint` of a folder reads nothing. Names, shapes and dtypes come from the safetensors headers
 (format: 8 bytes little-endian header length, JSON header, tensor data without holes). `check()` validates
 everything that can be known without reading the weights; `check_finite()` reads them once, one at a time.
 """
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymerge._suggest import closest
+from polymerge.checkpoint import hub
 from polymerge.checkpoint.header import SINGLE, Entry, read_header, read_json
 from polymerge.errors import CheckpointError
 
@@ -40,12 +41,12 @@ _READ = 1 << 22  # bytes hashed together
 class Checkpoint:
     """A checkpoint folder. Cheap to make; raises CheckpointError when what is asked for is not there.
 
-    `names` is sorted. Tensors come back on the CPU in their stored dtype. Usable as a context manager;
-    `close()` lets go of the open shards (they reopen by themselves when needed again).
+    `path` may be a name on the hub (`hub.py`). `names` is sorted. Tensors come back on the CPU in their stored dtype.
+    Usable as a context manager; `close()` lets go of the open shards (they reopen by themselves when needed again).
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = hub.local(path)
         self._open: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -71,8 +72,7 @@ class Checkpoint:
         if not self.path.is_dir():
             kind = "is not a folder" if self.path.exists() else "does not exist"
             raise CheckpointError(
-                f"{self.path}: {kind}; expected a checkpoint folder. To fetch one from the hub:"
-                f" `hf download ORG/NAME --local-dir FOLDER`"
+                f"{self.path}: {kind}; expected a checkpoint folder, or {hub.PREFIX}ORG/NAME for one of the hub"
             )
         return read_json(self.path / CONFIG, "expected a Hugging Face checkpoint folder with this file")
 
