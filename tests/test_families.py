@@ -26,6 +26,7 @@ def save_tiny(name, folder, **changes):
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0] * 4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
 
 VARIANTS = [(name, {}) for name in families.names()] + [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -37,6 +38,12 @@ VARIANTS = [(name, {}) for name in families.names()] + [
     ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0}),
     ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
     ("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}),
+    ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("olmo3", {"rope_parameters": {"full_attention": YARN}}),
+    ("smollm3", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 6}),
     ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     ("phi3", {"sliding_window": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
@@ -54,7 +61,8 @@ def test_logits_are_those_of_transformers(name, changes, tmp_path, monkeypatch):
         patch.setattr(torch, "float32", torch.float64)  # transformers' norms go through float32, even in float64
         expected = model(tokens).logits
     # A Gemma's norms say .float(), which cannot be patched so.
-    torch.testing.assert_close(source.logits(tokens), expected, atol=1e-5 if name == "gemma" else 1e-9, rtol=0)
+    close = 1e-5 if name.startswith("gemma") else 1e-9
+    torch.testing.assert_close(source.logits(tokens), expected, atol=close, rtol=0)
     assert source.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -86,6 +94,8 @@ def permute_heads(weights, spec):
         for role, per in (("q", group * spec.head_size), ("k", spec.head_size), ("v", spec.head_size)):
             if f"{role}.{kind}" in weights:
                 weights[f"{role}.{kind}"] = move(weights[f"{role}.{kind}"], per)
+            if f"{role}_norm_all.{kind}" in weights:
+                weights[f"{role}_norm_all.{kind}"] = move(weights[f"{role}_norm_all.{kind}"], per)
     weights["o.weight"] = move(weights["o.weight"].T, group * spec.head_size).T
 
 

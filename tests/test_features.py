@@ -38,6 +38,10 @@ def states(run, weights, tokens):
         ("gemma", 1e-4),
         ("stablelm", 0.1),
         ("starcoder2", 0.05),
+        ("gemma3_text", 0.4),
+        ("olmo2", 0.2),
+        ("olmo3", 0.6),
+        ("smollm3", 0.05),
     ],
 )
 def test_a_fold_at_full_size_holds_the_states_of_its_expert(family, most, save_model, tmp_path):

@@ -155,7 +155,7 @@ def test_seeded(tmp_path):
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "olmo2", "gemma3_text", "smollm3"])
 def test_other_kinds_of_anchor_are_refused(family, tmp_path):
     anchor = save(tmp_path, family)
     with pytest.raises(PreflightError, match="the padded control needs a llama-like anchor"):

@@ -285,6 +285,19 @@ def test_window_and_context_are_told(look, made):
     assert (level, text) == ("warning", "it knows 256 positions; the result states the anchor's 128")
 
 
+def test_what_differs_from_layer_to_layer_is_told(look, made):
+    report = look(made("llama"), made("gemma", "gemma3_text", head_dim=8, num_hidden_layers=4))
+    assert "last 8 tokens in 2 of 4 layers" in found(report, "b: window")[1]
+    assert "θ=1e+06 (in 2 of 4 layers other frequencies, or none)" in found(report, "b: positions")[1]
+    assert "normalised once more" in found(report, "b: norm")[1]
+    report = look(made("llama"), made("olmo", "olmo2"))
+    assert [f.text[:26] for f in report.findings if f.subject == "b: norm"] == [
+        "what attention and MLP wri", "attention and MLP read the",
+    ]  # fmt: skip
+    assert "a llama has none" in found(report, "b: q/k norms")[1]
+    assert found(look(made("llama"), made("smol", "smollm3")), "b: positions")[0] == "approximate"
+
+
 def test_width_is_exact_only_where_all_fits(look, made):
     llama, neox = made("llama"), made("gpt_neox", "gpt_neox", rotary_pct=0.5)
     assert found(look(llama, llama), "width") == ("exact", "the experts' 64 dimensions in 64")

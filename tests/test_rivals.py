@@ -482,7 +482,7 @@ def test_transport_and_merge_as_released_adds_almost_nothing(save_model, tmp_pat
     assert gap(logits, a, data) < 1e-9
 
 
-@pytest.mark.parametrize("family", ["gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", "olmo2", "gemma3_text"])
 @pytest.mark.parametrize("name", EXACT)
 def test_what_is_not_llama_like_is_refused(name, family, save_model, tmp_path):
     a, b = expert(save_model, tmp_path / "a"), expert(save_model, tmp_path / "b", family, trained=False)

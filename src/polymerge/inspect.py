@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polymerge.model import rope
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
@@ -61,7 +62,7 @@ def inspect(path: Path | str) -> Facts:
         activation=spec.activation,
         gated=spec.gated,
         parallel=spec.parallel,
-        qk_norm="qk_norm" in spec.features,
+        qk_norm=bool(spec.features & {"qk_norm", "qk_norm_all"}),
         biases=_biases(source),
         tied=spec.tied,
         parameters=source.parameters,
@@ -74,7 +75,7 @@ def _positions(spec: Spec, config: Any) -> str:
     """The position scheme in words."""
     if not spec.frequencies:
         return "learned"
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    kind = rope.parameters(config).get("rope_type", "default")
     rotated = 2 * len(spec.frequencies)
     parts = [f"RoPE θ={spec.rope_theta:g}"]
     if rotated < spec.head_size:
@@ -83,6 +84,8 @@ def _positions(spec: Spec, config: Any) -> str:
         parts.append(f"scaled ({kind})")
     if spec.window:
         parts.append(f"window {spec.window}")
+    if spec.each:
+        parts.append("other in some layers")
     return ", ".join(parts)
 
 

@@ -77,7 +77,7 @@ def load_fold(folder: Path, key: str) -> Folded | None:
             "choose another work folder or delete it"
         )
     chosen = data["choice"]
-    lists = {"features": frozenset, "frequencies": tuple}
+    lists = {"features": frozenset, "frequencies": tuple, "each": tuple, "factors": tuple}
     target = Spec(**{key: lists.get(key, _same)(value) for key, value in chosen["target"].items()})
     choice = Choice(target, Knobs(**chosen["knobs"]), tuple(chosen["balance"]), chosen["trials"])
     features = Features.load(folder)

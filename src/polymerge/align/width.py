@@ -84,7 +84,7 @@ def residual_basis(
         for index in range(layers):
             inputs.append(states)
             weights = source.layer(index)
-            states = [centred(source, decoder.layer(spec, weights, x).out) for x in states]
+            states = [centred(source, decoder.layer(spec.at(index), weights, x).out) for x in states]
     temperature = _temperature(source, outer, states, scored)
     upstream = [_felt(x, _sampled_gradient(source, outer, x, scored, generator, temperature)) for x in states]
     for x, g in zip(states, upstream, strict=True):
@@ -95,7 +95,7 @@ def residual_basis(
         for x, g in zip(inputs[index], upstream, strict=True):
             leaf = x.detach().requires_grad_()
             with torch.enable_grad():
-                trace = decoder.layer(spec, weights, leaf)
+                trace = decoder.layer(spec.at(index), weights, leaf)
                 at_input, at_mid = torch.autograd.grad(trace.out, (leaf, trace.mid), g)
             mid = centred(source, trace.mid.detach())
             downstream.append(_felt(x, at_input))

@@ -290,6 +290,25 @@ def model_of(plan: ExpertPlan, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+OWN_KEYS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {
+        "rope_parameters": None,
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 24,
+    },
+    "olmo3": {"rope_parameters": None, "sliding_window": 64},
+    "granite": {
+        "attention_multiplier": 1 / 24,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+}
+"""Keys of a family's config that `shape` sets beside the sizes; multipliers as Granite 3 has them."""
+
+
 def shape(plan: ExpertPlan) -> dict[str, Any]:
     """The plan as its family's config has it."""
     if plan.family == "gpt2":
@@ -305,6 +324,6 @@ def shape(plan: ExpertPlan) -> dict[str, Any]:
         more = {"hidden_act": "gelu", "use_parallel_residual": True}
         return {**common, **more, "rope_parameters": rope | {"partial_rotary_factor": 0.5}}
     own = {"num_key_value_heads": plan.kv_heads, "rope_parameters": rope}
-    if plan.family in ("qwen3", "mistral"):
+    if plan.family in ("qwen3", "mistral", "gemma", "gemma3_text"):
         own["head_dim"] = plan.width // plan.heads
-    return {**common, **own} | ({"sliding_window": None} if plan.family == "mistral" else {})
+    return {**common, **own, **OWN_KEYS.get(plan.family, {})}

@@ -1,8 +1,10 @@
 """What most families share with llama: a norm before attention and MLP, RoPE, grouped KV heads, these names."""
 
+from dataclasses import replace
 from typing import Any
 
-from polymerge.model.rope import frequencies
+from polymerge.errors import FamilyError
+from polymerge.model.rope import frequencies, parameters
 from polymerge.model.spec import Spec, Stored, stored
 
 CLAIMED = frozenset({
@@ -71,10 +73,17 @@ def biases(config: Any) -> set[str]:
     )
 
 
-def read(config: Any, features: set[str], window: int | None = None, layer_norm: float | None = None) -> Spec:
+def read(
+    config: Any,
+    features: set[str],
+    *,
+    window: int | None = None,
+    layer_norm: float | None = None,
+    activation: str | None = None,
+) -> Spec:
     """The spec of a config of this group, with the features that the family has found in it.
 
-    `layer_norm`: the epsilon of LayerNorms (None: RMSNorms, the config says which).
+    `layer_norm`: the epsilon of LayerNorms (None: RMSNorms, by the config's); `activation`: None: the config's.
     """
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs, scale = frequencies(config, head_size)
@@ -89,16 +98,25 @@ def read(config: Any, features: set[str], window: int | None = None, layer_norm:
         mlp=config.intermediate_size,
         norm="rms" if layer_norm is None else "layer",
         eps=config.rms_norm_eps if layer_norm is None else layer_norm,
-        activation=config.hidden_act,
+        activation=activation or config.hidden_act,
         gated=True,
         tied=bool(config.tie_word_embeddings),
         max_positions=config.max_position_embeddings,
         frequencies=pairs,
         rope_scale=scale,
-        rope_theta=float(config.rope_parameters["rope_theta"]),
+        rope_theta=float(parameters(config)["rope_theta"]),
         window=window,
         features=frozenset(features | (set() if config.tie_word_embeddings else {"head"})),
     )
+
+
+def by_layer_type(config: Any, spec: Spec) -> Spec:
+    """The spec with the rotation and the window of each layer, as `layer_types` names them."""
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    for kind in config.layer_types:
+        if kind not in windows:
+            raise FamilyError(f"config.json: layer_types has {kind!r}; supported: {', '.join(windows)}")
+    return replace(spec, each=tuple((*frequencies(config, spec.head_size, t), windows[t]) for t in config.layer_types))
 
 
 def write(spec: Spec) -> dict[str, Any]:

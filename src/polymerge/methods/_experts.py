@@ -57,13 +57,12 @@ class Experts:
         """
         self._inside, states = {}, list(self.states)
         for (k, i), weights in present.items():
-            source, start, mid = self.sources[k], states[k], states[k].clone()
+            source, spec, start, mid = self.sources[k], self.spec(k).at(i), states[k], states[k].clone()
             for rows, time in self.reached(k):
                 own = self._own_time(k, rows, time)
                 x = start[rows, :own].to(self.device)
-                n = decoder.normalise(source.spec, x, weights["norm1.weight"], weights.get("norm1.bias"))
-                q, key, v = decoder.project_heads(source.spec, weights, n)
-                written = decoder.linear(weights, "o", decoder.attend(source.spec, q, key, v))
+                q, key, v = decoder.project_heads(spec, weights, decoder.read(spec, weights, "norm1", x))
+                written = decoder.written(spec, weights, "o", decoder.attend(spec, q, key, v))
                 mid[rows, :own] = width.centred(source, x + written).to(self.home)
                 yield (k, i), rows, time, (q, key, v)
             self._inside[k, i] = start, mid
@@ -145,12 +144,11 @@ class Experts:
 
     def _fed(self, at: At, weights: dict[str, Tensor], rows: Tensor, own: int) -> tuple[Tensor | None, Tensor, Tensor]:
         """Gate and up of an MLP, and the state behind it, at home; over the first `own` tokens of the rows."""
-        source, (start, mid) = self.sources[at[0]], self._inside[at]
+        source, spec, (start, mid) = self.sources[at[0]], self.spec(at[0]).at(at[1]), self._inside[at]
         x = mid[rows, :own].to(self.device)
-        read = start[rows, :own].to(self.device) if source.spec.parallel else x
-        n = decoder.normalise(source.spec, read, weights["norm2.weight"], weights.get("norm2.bias"))
-        gate, up, hidden = decoder.feed_forward(source.spec, weights, n)
-        out = width.centred(source, x + decoder.linear(weights, "down", hidden))
+        n = decoder.read(spec, weights, "norm2", start[rows, :own].to(self.device) if spec.parallel else x)
+        gate, up, hidden = decoder.feed_forward(spec, weights, n)
+        out = width.centred(source, x + decoder.written(spec, weights, "down", hidden))
         return gate, up, out.to(self.home)
 
     def _own_time(self, k: int, rows: Tensor, time: int) -> int:

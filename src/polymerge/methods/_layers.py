@@ -20,7 +20,7 @@ from polymerge.calibrate.moments import Moments
 from polymerge.clock import Clock
 from polymerge.features import Features
 from polymerge.methods import _judge, _refine, _writers
-from polymerge.methods._experts import Experts, Present
+from polymerge.methods._experts import At, Experts, Present
 from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
@@ -75,7 +75,7 @@ class LayerFold:
         self.generator = torch.Generator().manual_seed(seed)
         hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
         self.experts = Experts(experts, texts, hosts, batch, target.width)
-        self.placements = [placement(e.spec, target) for e in experts]
+        self.placements = [[placement(e.spec.at(i), target) for i in range(e.spec.layers)] for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = width.has_constant([e.spec for e in experts], target.width)
         self.balance = tuple(balance) if balance is not None else (1.0,) * len(experts)
@@ -169,7 +169,7 @@ class LayerFold:
         fits = {at: Moments.zeros(inputs, groups[at] * (ratio + 2) * size, self.device) for at in present}
         for at, rows, time, heads in self.experts.attention(present):
             k, seen = at[0], self._with_one(self.normalised(rows, time))
-            values = self.experts.paired(k, rows, self._placed(k, *heads), time)
+            values = self.experts.paired(k, rows, self._placed(at, *heads), time)
             self._add(fits[at], seen, values, self.weight[k][rows, :time])
         parts = [
             fits[at].solve(self.knobs.ridge).to(self.dtype).split([g * ratio * size, g * size, g * size], dim=1)
@@ -310,9 +310,9 @@ class LayerFold:
     def _advance(self, features: Make, writer: Tensor) -> None:
         self.state = self.stream(lambda rows: self.state[rows].to(self.device) + F.linear(features(rows), writer))
 
-    def _placed(self, k: int, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+    def _placed(self, at: At, q: Tensor, key: Tensor, v: Tensor) -> Tensor:
         """An expert's heads as the target's: groups of one common ratio, rotary pairs where the target has them."""
-        spec, place = self.experts.spec(k), self.placements[k]
+        spec, place = self.experts.spec(at[0]), self.placements[at[0]][at[1]]
         q, key, v = (x.unflatten(-1, (-1, spec.head_size)) for x in (q, key, v))
         key, v = (expand_groups(x, spec.heads // spec.kv_heads, self.ratio) for x in (key, v))
         parts = (place.place(q, value=False), place.place(key, value=False), place.place(v, value=True))

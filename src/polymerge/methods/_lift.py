@@ -26,14 +26,9 @@ from polymerge.model.spec import Spec
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
 
 
-def llama_like(spec: Spec) -> bool:
-    """RMSNorm, rotary positions, gated MLP after the attention: what methods that align weights one to one need."""
-    return spec.norm == "rms" and spec.gated and not spec.parallel and bool(spec.frequencies)
-
-
 def alignable(spec: Spec, target: Spec) -> bool:
     """Whether an expert's weights can stand beside the target's one to one: llama-like, and no feature apart."""
-    return llama_like(spec) and not unlike(spec, target)
+    return spec.llama_like and not unlike(spec, target)
 
 
 class Lifted:
@@ -45,7 +40,7 @@ class Lifted:
 
     def __init__(self, source: Source, target: Spec, *, absorb: bool = True) -> None:
         own = source.spec
-        if not llama_like(own):
+        if not own.llama_like:
             raise PreflightError(
                 f"{source.path}: {own.family} is not llama-like (RMSNorm, rotary positions, gated MLP), and this method"
                 " aligns weights one to one: leave the expert out, or use the fold"

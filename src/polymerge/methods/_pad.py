@@ -63,7 +63,7 @@ def pad(
 
 
 def _check(spec: Spec, target: Spec, max_drift: float) -> None:
-    if spec.norm != "rms" or not spec.gated or spec.parallel or not spec.frequencies:
+    if not spec.llama_like:
         raise PreflightError(
             f"the padded control needs a llama-like anchor (RMSNorm, rotary positions, gated MLP);"
             f" {spec.family} is not: choose an anchor of the llama, mistral, qwen2 or qwen3 family"

@@ -114,9 +114,23 @@ def attend(
     return out.transpose(1, 2).reshape(batch, time, -1)
 
 
+def read(spec: Spec, w: Weights, norm: str, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
+    """What attention (`norm1`) or the MLP (`norm2`) reads of the stream: as it is where there is no such norm."""
+    weight = w.get(f"{norm}.weight")
+    return x if weight is None else normalise(spec, x, weight, w.get(f"{norm}.bias"))
+
+
+def written(spec: Spec, w: Weights, role: str, x: Float[Tensor, "... n"]) -> Float[Tensor, "... resid"]:
+    """What o or down adds to the stream, normalised where the family has a norm behind it."""
+    out, weight = linear(w, role, x), w.get(f"{role}_norm.weight")
+    return out if weight is None else weight * rms(out, spec.eps)
+
+
 def project_heads(spec: Spec, w: Weights, n: Float[Tensor, "batch time resid"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as attention sees them before the rotation (normalised per head in Qwen3)."""
+    """Queries, keys and values as attention sees them before the rotation (normalised, per head or as one, in some)."""
     q, k, v = linear(w, "q", n), linear(w, "k", n), linear(w, "v", n)
+    if "qk_norm_all" in spec.features:
+        q, k = (w[f"{role}_norm_all.weight"] * rms(x, spec.eps) for role, x in (("q", q), ("k", k)))
     if "qk_norm" in spec.features:
         q, k = (
             (w[f"{role}_norm.weight"] * rms(x.unflatten(-1, (-1, spec.head_size)), spec.eps)).flatten(-2)
@@ -135,14 +149,12 @@ def feed_forward(spec: Spec, w: Weights, n: Float[Tensor, "batch time resid"]) -
 
 
 def layer(spec: Spec, w: Weights, x: Float[Tensor, "batch time resid"]) -> Trace:
-    """One decoder layer."""
-    q, k, v = project_heads(spec, w, normalise(spec, x, w["norm1.weight"], w.get("norm1.bias")))
+    """One decoder layer; `spec.at` it, where layers differ."""
+    q, k, v = project_heads(spec, w, read(spec, w, "norm1", x))
     mixed = attend(spec, q, k, v)
-    attention = linear(w, "o", mixed)
-    mid = x + attention
-    seen = x if spec.parallel else mid
-    gate, up, hidden = feed_forward(spec, w, normalise(spec, seen, w["norm2.weight"], w.get("norm2.bias")))
-    return Trace(q, k, v, mixed, mid, gate, up, hidden, mid + linear(w, "down", hidden))
+    mid = x + written(spec, w, "o", mixed)
+    gate, up, hidden = feed_forward(spec, w, read(spec, w, "norm2", x if spec.parallel else mid))
+    return Trace(q, k, v, mixed, mid, gate, up, hidden, mid + written(spec, w, "down", hidden))
 
 
 def embed(spec: Spec, w: Weights, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time resid"]:

@@ -10,13 +10,19 @@ from polymerge.errors import FamilyError
 KNOWN = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def frequencies(config: Any, head_size: int) -> tuple[tuple[float, ...], float]:
-    """Radians per token of each rotary pair, and the factor on cos and sin.
+def parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
+    """The rotary parameters of a config; of one of `layer_types`, by default full attention, where they differ."""
+    rope: dict[str, Any] = config.rope_parameters or {}
+    return dict(rope.get(layer_type or "full_attention", rope))
+
+
+def frequencies(config: Any, head_size: int, layer_type: str | None = None) -> tuple[tuple[float, ...], float]:
+    """Radians per token of each rotary pair, and the factor on cos and sin, as `parameters`.
 
     Of LongRoPE (Ding et al. 2024) those of texts up to `original_max_position_embeddings`. Raises FamilyError for
     scalings whose frequencies change with every length.
     """
-    rope = config.rope_parameters
+    rope = parameters(config, layer_type)
     kind = rope["rope_type"]
     if kind not in KNOWN:
         raise FamilyError(
@@ -24,7 +30,8 @@ def frequencies(config: Any, head_size: int) -> tuple[tuple[float, ...], float]:
             "Merge a variant of the model without it"
         )
     if kind != "default":
-        inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        which = (layer_type or "full_attention") if "full_attention" in config.rope_parameters else None
+        inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=which)
         return tuple(inverse.tolist()), float(scale)
     rotary = int(head_size * rope.get("partial_rotary_factor", 1.0))
     inverse = 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotary, 2, dtype=torch.float) / rotary))

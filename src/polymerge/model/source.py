@@ -61,7 +61,7 @@ class Source:
         outer = self.outer()
         x = decoder.embed(self.spec, outer, tokens)
         for index in range(self.spec.layers):
-            x = decoder.layer(self.spec, self.layer(index), x).out
+            x = decoder.layer(self.spec.at(index), self.layer(index), x).out
         return decoder.logits(self.spec, outer, x)
 
     @torch.no_grad()
@@ -70,8 +70,8 @@ class Source:
         outer = self.outer()
         states = [decoder.embed(self.spec, outer, rows.to(self.device)) for rows in tokens.split(batch)]
         for index in range(self.spec.layers):
-            weights = self.layer(index)
-            states = [decoder.layer(self.spec, weights, x).out for x in states]
+            spec, weights = self.spec.at(index), self.layer(index)
+            states = [decoder.layer(spec, weights, x).out for x in states]
         scores = []
         for rows, x in zip(tokens.split(batch), states, strict=True):
             log_probs = decoder.logits(self.spec, outer, x[:, :-1]).log_softmax(-1)

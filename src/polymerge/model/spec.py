@@ -9,7 +9,9 @@ Roles of one layer, canonical axes (matrices are always "out in"):
     q.weight                                    (head hd) resid         q.bias      (head hd)
     k.weight v.weight                           (kvhead hd) resid       k.bias ...  (kvhead hd)
     q_norm.weight k_norm.weight                 hd
+    q_norm_all.weight                           (head hd)               k_norm_all.weight  (kvhead hd)
     o.weight                                    resid (head hd)         o.bias      resid
+    o_norm.weight down_norm.weight              resid
     gate.weight up.weight                       ff resid                gate.bias up.bias   ff
     down.weight                                 resid ff                down.bias   resid
 
@@ -34,6 +36,10 @@ CANONICAL: Mapping[str, str] = {
     **{f"{role}.bias": "(kvhead hd)" for role in "kv"},
     "q_norm.weight": "hd",
     "k_norm.weight": "hd",
+    "q_norm_all.weight": "(head hd)",
+    "k_norm_all.weight": "(kvhead hd)",
+    "o_norm.weight": "resid",
+    "down_norm.weight": "resid",
     "o.weight": "resid (head hd)",
     "o.bias": "resid",
     **{f"{role}.weight": "ff resid" for role in ("gate", "up")},
@@ -47,6 +53,8 @@ CANONICAL: Mapping[str, str] = {
 class Spec:
     """What one decoder computes. Sizes are counts; `frequencies` are radians per token of each rotary pair.
 
+    `each`: frequencies, the factor on cos and sin, and the window of every layer, where layers differ in them (empty:
+    all have those of the model).
     `factors`: (role, number) pairs for a family that multiplies where others do not, such as a Granite's
     states after the embedding. Weights come from the source with them, so that the engine needs no such thing.
     """
@@ -69,6 +77,7 @@ class Spec:
     rope_scale: float = 1.0
     rope_theta: float = 10000.0
     window: int | None = None
+    each: tuple[tuple[tuple[float, ...], float, int | None], ...] = ()
     parallel: bool = False
     factors: tuple[tuple[str, float], ...] = ()
     features: frozenset[str] = field(default_factory=frozenset)
@@ -77,6 +86,19 @@ class Spec:
     def has_constants(self) -> bool:
         """Whether maps have constant parts: biases, LayerNorm's shift, or a plain unit seen as a gated one."""
         return self.norm == "layer" or not self.gated or bool(self.features & {"qkv_bias", "o_bias", "mlp_bias"})
+
+    @property
+    def llama_like(self) -> bool:
+        """Whether a Llama computes the same but for sizes, activation, biases and norms of each head's q and k."""
+        plain = self.norm == "rms" and self.gated and not self.parallel and bool(self.frequencies) and not self.each
+        return plain and not self.features & {"qk_norm_all", "read_raw", "write_norms"}
+
+    def at(self, layer: int) -> "Spec":
+        """The same, with the rotation and the window of one layer."""
+        if not self.each:
+            return self
+        frequencies, scale, window = self.each[layer]
+        return replace(self, frequencies=frequencies, rope_scale=scale, window=window, each=())
 
     def sizes(self) -> dict[str, int]:
         """The length of every named axis."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polymerge.checkpoint.writer import CheckpointWriter
+from polymerge.model import rope
 from polymerge.model.source import Source, pack
 from polymerge.model.spec import Family, Spec
 
@@ -34,7 +35,7 @@ def hf_config(family: Family, target: Spec, anchor: Source, speaker: Source | No
     special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     keys = family.write(target)
     if target.frequencies == anchor.spec.frequencies:  # scaled rotary embeddings too
-        keys["rope_parameters"] = dict(anchor.config.rope_parameters)
+        keys["rope_parameters"] = rope.parameters(anchor.config)
     config = AutoConfig.for_model(family.model_type, **keys, **special)
     config.architectures = [family.architecture]
     return config

@@ -124,8 +124,10 @@ def _positions(case: Case) -> Part:
         return
     rotated = 2 * len(spec.frequencies)
     partial = f" on {rotated} of {spec.head_size} dimensions" if rotated < spec.head_size else ""
-    text = f"RoPE θ={spec.rope_theta:g}{partial} in pairs of θ={target.rope_theta:g}"
-    drift = placement(spec, target).worst_angle
+    apart = sum(frequencies != spec.frequencies for frequencies, _, _ in spec.each)
+    others = f" (in {apart} of {spec.layers} layers other frequencies, or none)" if apart else ""
+    text = f"RoPE θ={spec.rope_theta:g}{partial}{others} in pairs of θ={target.rope_theta:g}"
+    drift = max(placement(spec.at(i), target).worst_angle for i in range(spec.layers))
     if drift <= EXACT_DRIFT:
         yield _exact("positions", f"{text}, each in one of its own frequency")
     else:
@@ -137,10 +139,13 @@ def _positions(case: Case) -> Part:
 
 
 def _window(case: Case) -> Part:
-    if case.spec.window is not None:
+    windows = [case.spec.at(i).window for i in range(case.spec.layers)]
+    short = [w for w in windows if w is not None]
+    if short:
+        where = "" if len(short) == len(windows) else f" in {len(short)} of {len(windows)} layers"
         yield _approximate(
             "window",
-            f"it sees the last {case.spec.window} tokens, the result all: exact in texts up to that length, "
+            f"it sees the last {min(short)} tokens{where}, the result all: exact in texts up to that length, "
             "beyond not measured",
         )
 
@@ -150,6 +155,16 @@ def _norm(case: Case) -> Part:
         yield _approximate(
             "norm",
             "LayerNorm as RMSNorm: exact for the mean, as the stream is centred; biases through the constant",
+        )
+    if "write_norms" in case.spec.features:
+        yield _approximate(
+            "norm",
+            "what attention and MLP write is normalised once more: a factor per token, fitted; not measured",
+        )
+    if "read_raw" in case.spec.features:
+        yield _approximate(
+            "norm",
+            "attention and MLP read the stream as it is, the result's its direction: fitted; not measured",
         )
     if case.spec.parallel:
         yield _approximate(
@@ -193,7 +208,7 @@ def _qk_norm(case: Case) -> Part:
             f"a {case.target.family} normalises queries and keys: the expert's sizes per head and token "
             "become one per layer; not measured",
         )
-    elif "qk_norm" in case.spec.features:
+    elif case.spec.features & {"qk_norm", "qk_norm_all"}:
         yield _approximate(
             "q/k norms",
             f"a {case.target.family} has none: maps are fitted to normalised queries and keys; not measured",
