@@ -1,14 +1,16 @@
 """Every family: the table claims all that is stored, and the engine computes what transformers computes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from polymerge import families
+from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import FamilyError
-from polymerge.model.source import Source, pack, unpack
+from polymerge.model.source import Source, pack, read_config, unpack
 
 
 def save_tiny(name, folder, **changes):
@@ -73,6 +75,33 @@ def test_pack_undoes_unpack(name, tmp_path):
     for row in source._rows():
         tensor = source.checkpoint.tensor(source._name(row, 0))
         torch.testing.assert_close(pack(row, unpack(row, tensor, source.spec), source.spec), tensor, atol=1e-15, rtol=0)
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+"""Configs with the keys that published models of these names have: facts that no config of our own making shows."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    _, config, spec = read_config(Checkpoint(tmp_path))
+    assert spec.width == config.hidden_size
+    assert 2 * len(spec.frequencies) in (spec.head_size, spec.head_size // 4)
+    assert len(spec.each) in (0, spec.layers)
+
+
+def test_layers_that_differ_as_published(tmp_path):
+    specs = {}
+    for name in ("gemma-3-270m", "Olmo-3-7B", "SmolLM3-3B"):
+        (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        specs[name] = read_config(Checkpoint(tmp_path))[2]
+    gemma, olmo, smol = specs.values()
+    assert [i for i, (_, _, window) in enumerate(gemma.each) if window is None] == [5, 11, 17]
+    assert gemma.at(5).frequencies[1] == pytest.approx(1e6 ** (-1 / 128))
+    assert gemma.at(4).frequencies[1] == pytest.approx(1e4 ** (-1 / 128))
+    assert [i for i, (frequencies, _, _) in enumerate(smol.each) if not frequencies] == list(range(3, 36, 4))
+    assert {olmo.at(i).rope_scale for i in range(3)} == {1.0}
+    assert olmo.at(3).rope_scale == pytest.approx(1.2079441541679836)
 
 
 def permute_neurons(weights):

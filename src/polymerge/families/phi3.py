@@ -6,19 +6,7 @@ from polymerge.families import _gated
 from polymerge.model.spec import Family, Spec, stored
 
 _AT = "model.layers.{layer}."
-_FUSED = {
-    _AT + "self_attn.q_proj.weight": stored(
-        _AT + "self_attn.qkv_proj.weight",
-        "(head hd | kvhead hd | kvhead hd) resid",
-        "q.weight",
-        "k.weight",
-        "v.weight",
-    ),
-    _AT + "mlp.gate_proj.weight": stored(
-        _AT + "mlp.gate_up_proj.weight", "(ff | ff) resid", "gate.weight", "up.weight"
-    ),
-}
-_IN_THEM = {role for row in _FUSED.values() for role in row.roles[1:]}
+_FUSED = ("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight")
 
 
 def _read(config: Any) -> Spec:
@@ -28,7 +16,11 @@ def _read(config: Any) -> Spec:
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
-    tensors=tuple(_FUSED.get(row.name, row) for row in _gated.TENSORS if row.roles[0] not in _IN_THEM),
+    tensors=(
+        *(row for row in _gated.TENSORS if row.roles[0] not in _FUSED),
+        stored(_AT + "self_attn.qkv_proj.weight", "(head hd | kvhead hd | kvhead hd) resid", *_FUSED[:3]),
+        stored(_AT + "mlp.gate_up_proj.weight", "(ff | ff) resid", *_FUSED[3:]),
+    ),
     read=_read,
     claimed=_gated.CLAIMED
     | {
