@@ -26,6 +26,7 @@ from polymerge.errors import (
     RecipeError,
     TextError,
 )
+from polymerge.evaluate import load_for_evaluation
 
 KNOBS = {
     "ridge": 1e-3,
@@ -184,6 +185,16 @@ def test_remote_code(here):
     (here / "code/modeling_mine.py").write_text("raise SystemExit('this code must never run')")
     edit(here / "code/config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     refused(here, CheckpointError, str(here / "code"), "auto_map", "Python code")
+
+
+def test_remote_code_that_is_not_there_is_told(here):
+    """As fetched from the hub, without it: transformers has the class."""
+    named = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    edit(here / "code/config.json", auto_map=named)
+    report = polymerge.merge(write(here, RECIPE), here / "out", dry_run=True).report
+    assert [f.subject for f in report.of("warning") if f.subject.endswith("code")] == ["code: code"]
+    polymerge.merge(here / "recipe.yaml", here / "out", device="cpu")
+    assert load_for_evaluation(here / "code")[0].config.model_type == "gpt_neox"
 
 
 def test_remote_code_of_an_unknown_family(here):

@@ -199,11 +199,13 @@ def test_foreign_code_is_refused(union_folder, change):
         (union_folder / "union.py").write_text("import os\n")
     elif change == "added":
         (union_folder / "helper.py").write_text("import os\n")
-    elif change == "missing":
-        (union_folder / "union.py").unlink()
     else:
         config = json.loads((union_folder / "config.json").read_text())
-        config["auto_map"] = {"AutoModelForCausalLM": "someone/repo--union.UnionForCausalLM"}
+        if change == "missing":
+            (union_folder / "union.py").unlink()
+            config["model_type"] = "polymerge_union"
+        else:
+            config["auto_map"] = {"AutoModelForCausalLM": "someone/repo--union.UnionForCausalLM"}
         (union_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="so it is not run; expected a stock"):
         load_for_evaluation(union_folder)

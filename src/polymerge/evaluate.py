@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from polymerge import families
 from polymerge.calibrate.texts import Rows, adds_bos, pack, pairs, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
@@ -111,10 +112,12 @@ def load_for_evaluation(
 def is_own_union(checkpoint: Checkpoint) -> bool:
     """Whether the folder's code is, byte for byte, the union model that polymerge ships.
 
-    False without `auto_map`; CheckpointError when its code is anyone else's (or another version's).
+    False without `auto_map`, or where it names code that is not there and the family needs none; CheckpointError when
+    its code is anyone else's (or another version's).
     """
     auto_map = checkpoint.config.get("auto_map")
-    if not auto_map:
+    stock = checkpoint.config.get("model_type") in families.names()
+    if not auto_map or (stock and not any(checkpoint.path.glob("*.py"))):
         return False
     shipped = frozenset(hashlib.sha256(p.read_bytes()).hexdigest() for p in _METHODS.glob("*.py"))
     files = sorted(checkpoint.path.glob("*.py"))

@@ -130,11 +130,11 @@ class Checkpoint:
 
     def check(self) -> None:
         """Validate the folder without reading weights; raises CheckpointError with the first defect found."""
-        if self.config.get("auto_map"):
+        if self.config.get("auto_map") and any(self.path.glob("*.py")):
             raise CheckpointError(
                 f"{self.path / CONFIG}: has `auto_map`, so the model runs Python code of its own, which is"
-                f" not run here; use a checkpoint of a stock class, or, if the weights fit one, copy"
-                f" the folder and remove `auto_map` there"
+                f" not run here; use a checkpoint of a stock class or, if the weights fit one, copy the folder"
+                f" without its Python files"
             )
         _ = self._entries
 

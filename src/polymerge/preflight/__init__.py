@@ -81,7 +81,7 @@ def check(
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
         own = not speech.union and specs[speech.owner].family == plan.family.model_type
         findings += loading_findings(plan.family.model_type, own, speech, texts)
-    findings += [*_lean(recipe), *_dtypes(recipe, sources)]
+    findings += [*_lean(recipe), *_dtypes(recipe, sources), *_codes(sources)]
     findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
@@ -221,6 +221,14 @@ def _written(name: str, skill: Skill) -> Finding:
         "follows the expert, not how well it reads what others wrote"
     )
     return Finding("warning", f"{name}: text", text)
+
+
+def _codes(sources: Mapping[str, Source]) -> Iterator[Finding]:
+    """Code that a config names and that is not there: it would have been refused."""
+    for name, source in sources.items():
+        if source.checkpoint.config.get("auto_map"):
+            text = "config.json names Python code (`auto_map`), which is not run: read as transformers'"
+            yield Finding("warning", f"{name}: code", f"{text} {source.spec.family}")
 
 
 def _licences(sources: Mapping[str, Source], anchor: str) -> Iterator[Finding]:
