@@ -148,7 +148,7 @@ class _Padding:
         if self.target.tied:
             yield None, {"norm.weight": norm / self.stream, "head.weight": embedding}
         else:
-            head = outer["embed.weight"] if self.spec.tied else outer["head.weight"]
+            head = outer["head.weight"]
             yield (
                 None,
                 {"norm.weight": norm, "head.weight": self._reader(head, torch.arange(len(head)), len(head))},
