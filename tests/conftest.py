@@ -24,6 +24,14 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 64},
+    "gemma2": {
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 8,
+    },
     "gemma3_text": {
         "intermediate_size": 48,
         "num_key_value_heads": 2,

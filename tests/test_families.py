@@ -17,7 +17,8 @@ def save_tiny(name, folder, **changes):
     """A random model of the family's tiny config with no weight at a special value (norms, biases)."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(name, **{**families.get(name).tiny, **changes}), attn_implementation="sdpa"
+        AutoConfig.for_model(name, **{**families.get(name).tiny, **changes}),
+        attn_implementation="eager" if name.startswith("gemma") else "sdpa",  # the other knows no caps
     )
     model = model.double().eval()
     with torch.no_grad():
@@ -40,6 +41,8 @@ VARIANTS = [(name, {}) for name in families.names()] + [
     ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0}),
     ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
     ("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("gemma2", {"attention_bias": True, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma3_text", {"final_logit_softcapping": 3.0}),
     ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False, "sliding_window_pattern": 2}),
     ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}}),
     ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),

@@ -38,6 +38,7 @@ def states(run, weights, tokens):
         ("gemma", 1e-4),
         ("stablelm", 0.1),
         ("starcoder2", 0.05),
+        ("gemma2", 0.4),
         ("gemma3_text", 0.4),
         ("olmo2", 0.2),
         ("olmo3", 0.6),

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -60,6 +61,7 @@ CONFIGS = {
     "gemma": GemmaConfig(**LLAMA, head_dim=8),
     "granite": GraniteConfig(**LLAMA, attention_multiplier=0.5, embedding_multiplier=3.0, residual_multiplier=0.7),
     "phi3": Phi3Config(**LLAMA),
+    "gemma2": Gemma2Config(**LLAMA, head_dim=8, sliding_window=4),
     "gemma3_text": Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=4, sliding_window_pattern=2),
     "olmo2": Olmo2Config(**LLAMA),
     "olmo3": Olmo3Config(**LLAMA, sliding_window=4),

@@ -100,9 +100,13 @@ def attend(
         cos, sin = rotation(spec, time, q)
         heads, keys = rotate(heads, cos, sin), rotate(keys, cos, sin)
     mask = None
-    if spec.window is not None and spec.window < time:
+    if (spec.window is not None and spec.window < time) or spec.score_cap is not None:
         distance = torch.arange(time, device=q.device)[:, None] - torch.arange(time, device=q.device)[None]
-        mask = (distance >= 0) & (distance < spec.window)
+        mask = (distance >= 0) & (distance < (spec.window or time))
+    if mask is not None and spec.score_cap is not None:
+        keys, values = (x.repeat_interleave(heads.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        scores = capped(heads @ keys.mT / spec.head_size**0.5, spec.score_cap).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ values).transpose(1, 2).reshape(batch, time, -1)
     out = F.scaled_dot_product_attention(
         heads,
         keys,
@@ -157,6 +161,11 @@ def layer(spec: Spec, w: Weights, x: Float[Tensor, "batch time resid"]) -> Trace
     return Trace(q, k, v, mixed, mid, gate, up, hidden, mid + written(spec, w, "down", hidden))
 
 
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """C tanh(x / c): nearly x where it is small, never above c (Gemma 2)."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 def embed(spec: Spec, w: Weights, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time resid"]:
     """The first residual state."""
     x = F.embedding(tokens, w["embed.weight"])
@@ -166,5 +175,6 @@ def embed(spec: Spec, w: Weights, tokens: Int[Tensor, "batch time"]) -> Float[Te
 
 
 def logits(spec: Spec, w: Weights, x: Float[Tensor, "batch time resid"]) -> Float[Tensor, "batch time vocab"]:
-    """Final norm and head."""
-    return F.linear(normalise(spec, x, w["norm.weight"], w.get("norm.bias")), w["head.weight"])
+    """Final norm and head, and the cap where the family has one."""
+    found = F.linear(normalise(spec, x, w["norm.weight"], w.get("norm.bias")), w["head.weight"])
+    return capped(found, spec.logit_cap)

@@ -55,6 +55,8 @@ class Spec:
 
     `each`: frequencies, the factor on cos and sin, and the window of every layer, where layers differ in them (empty:
     all have those of the model).
+    `score_cap`, `logit_cap`: c, where attention's scores or the logits are bent below it as c tanh(x / c).
+
     `factors`: (role, number) pairs for a family that multiplies where others do not, such as a Granite's
     states after the embedding. Weights come from the source with them, so that the engine needs no such thing.
     """
@@ -79,6 +81,8 @@ class Spec:
     window: int | None = None
     each: tuple[tuple[tuple[float, ...], float, int | None], ...] = ()
     parallel: bool = False
+    score_cap: float | None = None
+    logit_cap: float | None = None
     factors: tuple[tuple[str, float], ...] = ()
     features: frozenset[str] = field(default_factory=frozenset)
 
@@ -91,7 +95,8 @@ class Spec:
     def llama_like(self) -> bool:
         """Whether a Llama computes the same but for sizes, activation, biases and norms of each head's q and k."""
         plain = self.norm == "rms" and self.gated and not self.parallel and bool(self.frequencies) and not self.each
-        return plain and not self.features & {"qk_norm_all", "read_raw", "write_norms"}
+        capped = self.score_cap is not None or self.logit_cap is not None
+        return plain and not capped and not self.features & {"qk_norm_all", "read_raw", "write_norms"}
 
     def at(self, layer: int) -> "Spec":
         """The same, with the rotation and the window of one layer."""

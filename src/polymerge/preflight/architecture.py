@@ -166,6 +166,8 @@ def _norm(case: Case) -> Part:
             "norm",
             "attention and MLP read the stream as it is, the result's its direction: fitted; not measured",
         )
+    if case.spec.score_cap is not None or case.spec.logit_cap is not None:
+        yield _approximate("caps", "scores or logits are bent below a cap, the result's are not: fitted; not measured")
     if case.spec.parallel:
         yield _approximate(
             "parallel residual",
