@@ -53,12 +53,15 @@ CANONICAL: Mapping[str, str] = {
 class Spec:
     """What one decoder computes. Sizes are counts; `frequencies` are radians per token of each rotary pair.
 
-    `each`: frequencies, the factor on cos and sin, and the window of every layer, where layers differ in them (empty:
-    all have those of the model).
-    `score_cap`, `logit_cap`: c, where attention's scores or the logits are bent below it as c tanh(x / c).
-
-    `factors`: (role, number) pairs for a family that multiplies where others do not, such as a Granite's
-    states after the embedding. Weights come from the source with them, so that the engine needs no such thing.
+    Attributes:
+        each: frequencies, the factor on cos and sin, and the window of every layer, where layers differ in them; empty:
+            all have those of the model.
+        score_cap: c, where attention's scores are bent below it as c tanh(x / c); `logit_cap`: the same of logits.
+        factors: (role, number) pairs for a family that multiplies where others do not, such as a Granite's states after
+            the embedding. Weights come from the source with them, so that the engine needs no such thing.
+        features: which optional tensors there are (`Stored.when`), and "write_norms": what attention and MLP write is
+            normalised; "read_raw": they read the stream as it is; "qk_norm", "qk_norm_all": queries and keys are
+            normalised, per head or as one.
     """
 
     family: str
