@@ -292,6 +292,7 @@ def model_of(plan: ExpertPlan, seed: int) -> Any:
 
 OWN_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 24},
     "gemma3_text": {
         "rope_parameters": None,
         "sliding_window": 64,
@@ -324,6 +325,6 @@ def shape(plan: ExpertPlan) -> dict[str, Any]:
         more = {"hidden_act": "gelu", "use_parallel_residual": True}
         return {**common, **more, "rope_parameters": rope | {"partial_rotary_factor": 0.5}}
     own = {"num_key_value_heads": plan.kv_heads, "rope_parameters": rope}
-    if plan.family in ("qwen3", "mistral", "gemma", "gemma3_text"):
+    if plan.family in ("qwen3", "mistral", "gemma", "gemma2", "gemma3_text"):
         own["head_dim"] = plan.width // plan.heads
     return {**common, **own, **OWN_KEYS.get(plan.family, {})}
