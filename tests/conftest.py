@@ -17,38 +17,26 @@ import torch  # noqa: E402
 
 BYTES = 257  # tokens of the byte tokenizer: every byte, and the end of text
 
+SMALL: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2}
+HEADS = SMALL | {"head_dim": 8}
+UNPADDED = SMALL | {"pad_token_id": None}
 TINY: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
-    "mistral": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None},
-    "qwen2": {"intermediate_size": 48, "num_key_value_heads": 2},
-    "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "llama": HEADS,
+    "mistral": HEADS | {"sliding_window": None},
+    "qwen2": SMALL,
+    "qwen3": HEADS,
+    "gemma": HEADS,
+    "gemma2": HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 8, "sliding_window_pattern": 2},
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 64},
-    "gemma2": {
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": False,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 8,
-    },
-    "gemma3_text": {
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": False,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 8,
-        "sliding_window_pattern": 2,
-    },
-    "olmo2": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None},
-    "olmo3": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None, "sliding_window": 8},
-    "smollm3": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None, "no_rope_layer_interval": 2},
-    "gemma": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
-    "granite": {"intermediate_size": 48, "num_key_value_heads": 2, "attention_multiplier": 0.5, "logits_scaling": 2.0},
-    "phi3": {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": None},
-    "stablelm": {"intermediate_size": 48, "num_key_value_heads": 2},
-    "starcoder2": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "granite": SMALL | {"attention_multiplier": 0.5, "logits_scaling": 2.0},
+    "olmo2": UNPADDED,
+    "olmo3": UNPADDED | {"sliding_window": 8},
+    "phi3": UNPADDED,
+    "smollm3": UNPADDED | {"no_rope_layer_interval": 2},
+    "stablelm": SMALL,
+    "starcoder2": SMALL,
 }
 
 
