@@ -15,12 +15,12 @@ OTHERS = ("*/*", "consolidated*")  # other formats' folders, and Mistral's weigh
 
 def named(path: Path | str) -> bool:
     """Whether this names a checkpoint of the hub."""
-    return str(path).startswith(PREFIX)
+    return Path(path).as_posix().startswith(PREFIX)
 
 
 def local(path: Path | str) -> Path:
     """The folder: of a name, where the hub's cache has it, fetched first if need be. Raises CheckpointError."""
-    return _fetched(str(path)) if named(path) else Path(path)
+    return _fetched(Path(path).as_posix()) if named(path) else Path(path)
 
 
 @lru_cache(maxsize=64)
