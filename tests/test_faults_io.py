@@ -59,6 +59,8 @@ def test_remote_code(model):
     config = json.loads((model / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X"}
     (model / "config.json").write_text(json.dumps(config))
+    Checkpoint(model).check()  # inert without the code
+    (model / "modeling_x.py").write_text("raise SystemExit\n")
     refuses(model, "auto_map.*runs Python code of its own.*use a checkpoint")
 
 
