@@ -81,7 +81,7 @@ def test_pack_undoes_unpack(name, tmp_path):
 
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
-"""Configs with the keys that published models of these names have: facts that no config of our own making shows."""
+"""Written by hand after published models of these names: keys that no config of our own making has."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
