@@ -54,7 +54,7 @@ def answers(
     cos, sin = decoder.rotation(spec, time_ + 1, x)
     for layer in range(spec.layers):
         w, last = weights[layer], layer == spec.layers - 1
-        n = decoder.normalise(spec, x, w["norm1.weight"], w.get("norm1.bias"))
+        n = decoder.read(spec, w, "norm1", x)
         q, k, v = (t[0] for t in decoder.project_heads(spec, w, n[None]))
         q, k, v = (t.unflatten(-1, (-1, spec.head_size)) for t in (q, k, v))  # token head hd
         q, k = _turned(q, cos, sin, shared), _turned(k, cos, sin, shared)
@@ -68,7 +68,7 @@ def answers(
             before = _attend(*(t[:shared].unflatten(0, (-1, 2)) for t in (q, k, v)), causal=True)
             mixed = torch.cat([before, own])
         x = x + decoder.linear(w, "o", mixed)
-        n = decoder.normalise(spec, x, w["norm2.weight"], w.get("norm2.bias"))
+        n = decoder.read(spec, w, "norm2", x)
         x = x + decoder.linear(w, "down", decoder.feed_forward(spec, w, n[None])[2][0])
     return decoder.logits(spec, weights[None], x[None])[0]
 

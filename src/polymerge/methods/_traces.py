@@ -20,11 +20,11 @@ def activations(
     yield {"embed": x}
     for index in range(spec.layers):
         w = layer(index)
-        norm1 = decoder.normalise(spec, x, w["norm1.weight"], w.get("norm1.bias"))
+        norm1 = decoder.read(spec, w, "norm1", x)
         trace = decoder.layer(spec, w, x)
-        norm2 = decoder.normalise(spec, x if spec.parallel else trace.mid, w["norm2.weight"], w.get("norm2.bias"))
+        norm2 = decoder.read(spec, w, "norm2", x if spec.parallel else trace.mid)
         seen = {"norm1": norm1, "mixed": trace.mixed, "norm2": norm2, "hidden": trace.hidden}
         maps = {role: decoder.linear(w, role, seen[feed]) for role, feed in INPUTS.items() if f"{role}.weight" in w}
         yield seen | maps
         x = trace.out
-    yield {"norm": decoder.normalise(spec, x, outer["norm.weight"], outer.get("norm.bias"))}
+    yield {"norm": decoder.read(spec, outer, "norm", x)}

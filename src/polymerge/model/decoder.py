@@ -119,7 +119,7 @@ def attend(
 
 
 def read(spec: Spec, w: Weights, norm: str, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
-    """What attention (`norm1`) or the MLP (`norm2`) reads of the stream: as it is where there is no such norm."""
+    """What attention (`norm1`), the MLP (`norm2`) or the head (`norm`) reads: the stream as it is without such a norm."""
     weight = w.get(f"{norm}.weight")
     return x if weight is None else normalise(spec, x, weight, w.get(f"{norm}.bias"))
 
@@ -176,5 +176,5 @@ def embed(spec: Spec, w: Weights, tokens: Int[Tensor, "batch time"]) -> Float[Te
 
 def logits(spec: Spec, w: Weights, x: Float[Tensor, "batch time resid"]) -> Float[Tensor, "batch time vocab"]:
     """Final norm and head, and the cap where the family has one."""
-    found = F.linear(normalise(spec, x, w["norm.weight"], w.get("norm.bias")), w["head.weight"])
+    found = F.linear(read(spec, w, "norm", x), w["head.weight"])
     return capped(found, spec.logit_cap)
