@@ -119,7 +119,7 @@ def attend(
 
 
 def read(spec: Spec, w: Weights, norm: str, x: Float[Tensor, "... resid"]) -> Float[Tensor, "... resid"]:
-    """What attention (`norm1`), the MLP (`norm2`) or the head (`norm`) reads: the stream as it is without such a norm."""
+    """What attention (`norm1`), the MLP (`norm2`) or the head (`norm`) reads: the stream itself without such a norm."""
     weight = w.get(f"{norm}.weight")
     return x if weight is None else normalise(spec, x, weight, w.get(f"{norm}.bias"))
 
