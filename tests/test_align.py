@@ -55,13 +55,17 @@ def test_other_bases_are_placed_approximately_and_say_so():
     assert placement(spec(8, theta=500.0), spec(8)).worst_angle > 0.1
 
 
-def test_scaled_rotation_keeps_its_scores():
-    small = spec(8, rope_scale=1.3)
-    place = placement(small, spec(8))
+@pytest.mark.parametrize("rotary", [4, 2, 0])
+def test_scaled_rotation_keeps_its_scores(rotary):
+    """The factor is on what is rotated: all of a head, half of it or nothing; the rest goes to pairs at rest."""
+    small = spec(8, rotary=rotary, rope_scale=1.3)
+    large = replace(spec(16), frequencies=(*small.frequencies, *[1e-9] * (8 - rotary)))
+    place = placement(small, large)
     q, k, v = (torch.randn(2, 5, 2, 8, dtype=torch.float64) for _ in range(3))
     plain = decoder.attend(small, *(x.flatten(-2) for x in (q, k, v)))
-    moved = decoder.attend(spec(8), *(place.place(x, value=x is v).flatten(-2) for x in (q, k, v)))
-    torch.testing.assert_close(moved, plain, atol=1e-6, rtol=0)
+    moved = decoder.attend(large, *(place.place(x, value=x is v).flatten(-2) for x in (q, k, v)))
+    inside = moved.unflatten(-1, (2, -1))[..., list(place.plain)].flatten(-2)
+    torch.testing.assert_close(inside, plain, atol=1e-6, rtol=0)
 
 
 def test_groups_expand_to_the_common_ratio():

@@ -1,6 +1,7 @@
 """The benchmark: its trainer, its rows, and a whole run of a tiny suite, killed in the middle."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -239,6 +240,9 @@ def test_worst_skill_and_gap():
     found = summarise({"a": 2.1, "b": 2.0}, {"a": 2.0, "b": 1.5}, {"a": 2.0, "b": 3.5}, "bits per byte")
     assert (found["worst"], found["worst_skill"]) == (2.0, "b")
     assert found["gap_closed"] == pytest.approx(0.75)
+    for metric in ("accuracy", "bits per byte"):
+        for scores in ({"a": math.nan, "b": 0.5}, {"b": 0.5, "a": math.nan}):
+            assert summarise(scores, owners, anchor, metric)["worst_skill"] == "a"
 
 
 def test_the_leaderboard_depends_on_the_rows_only_and_says_who_wins():
@@ -257,6 +261,14 @@ def test_the_leaderboard_depends_on_the_rows_only_and_says_who_wins():
 
 
 # ---------------------------------------------------------------------- methods
+
+
+def test_a_method_without_a_known_score_is_last_in_its_table():
+    case = {"suite": "text", "case": "a+b/sum", "metric": "bits per byte", "owners": {"a": 1.0, "b": 1.0}}
+    kept = row(method="fold", worst=1.4, worst_skill="b", scores={"a": 1.0, "b": 1.4}, **case)
+    lost = row(method="ot_fusion", worst=None, worst_skill=None, scores={"a": 1.0, "b": None}, **case)
+    [table] = board._per_case([lost, kept])
+    assert [line[0] for line in table.lines] == [board.name_of("fold"), board.name_of("ot_fusion")]
 
 
 def test_rivals_are_found_in_the_folder_and_unknown_names_are_refused():
@@ -338,6 +350,8 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7; best of 3 by validation; shape")
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
+    Method.GRID = ({"knob": math.nan}, {"knob": 2.0}, {"knob": math.nan})
+    assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 2.0}
     ties = methods.run(Bed("accuracy"), "mergekit_ties")
     assert (ties.scores, ties.notes) == ({"a": 0.7}, "weight 1 each, density 0.5, scale 0.7; best of 3 by validation")
     assert methods.run(Bed("accuracy"), "mergekit_linear").notes == "equal weights"

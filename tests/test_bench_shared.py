@@ -1,6 +1,8 @@
 """Folds shared by the methods of a case: made once by whoever is first, whole or again, gone when the case is done."""
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 from test_bench import tiny  # noqa: F401  a fixture
@@ -86,3 +88,17 @@ def test_a_fold_that_another_process_still_works_on_is_left(tiny):  # noqa: F811
     with held(cells.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "shrink")):
         assert run()
     assert not run()
+
+
+def test_nobody_begins_at_a_case_while_what_it_shares_is_deleted(tiny, monkeypatch):  # noqa: F811
+    claim, remove, free = cells.claim(tiny, "modular", "quick", "cross/plus+minus", 0, "shrink"), shutil.rmtree, []
+
+    def removing(folder, **kwargs):
+        if Path(folder).parent.parent.name == ".work":  # all that a case shares, and not a half-made model of it
+            with held(claim, wait=False) as mine:
+                free.append(mine)
+        remove(folder, **kwargs)
+
+    monkeypatch.setattr(cells.shutil, "rmtree", removing)
+    bench.run("modular", "quick", tiny, ["fold"], device="cpu")
+    assert free == [False]

@@ -12,6 +12,7 @@ from polymerge import bench, methods
 from polymerge.bench import lm, text, text_bed, text_experts
 from polymerge.bench.flops import Products
 from polymerge.bench.methods import Case
+from polymerge.bench.text_distil import operations
 from polymerge.bench.text_experts import DOMAINS, PLANS, Workshop
 from polymerge.calibrate import written
 from polymerge.calibrate.texts import first
@@ -252,6 +253,12 @@ def rows_distilled(bed: text_bed.TextBed, monkeypatch) -> dict[str, int]:
     with pytest.raises(PreflightError):
         bed._distilled(lambda: None, bed.sources["prose"].spec)
     return read
+
+
+def test_operations_count_every_teacher_that_reads_a_row():
+    own, fused = (operations(100, 30, 2, [10, 20], fused=fused) for fused in (False, True))
+    assert own == 2 * 6 * 100 * 30 + 2 * (10 + 20) * 30  # half of the rows of two runs each
+    assert fused == 2 * 6 * 100 * 30 + 2 * (10 + 20) * 60
 
 
 def test_with_little_text_no_method_reads_more(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch.utils.backend_registration
 from conftest import save_tiny_model
 
+from polymerge.bench.lm import make_tokenizer
 from polymerge.methods._experts import home
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +44,12 @@ import polymerge
 from polymerge import recipe
 polymerge.merge
 from polymerge.methods import _experts
+if given["another"]:  # this device has no sparse products, CUDA does
+    from polymerge.align.translate import Translator
+    product, cpu = Translator.project, lambda x: None if x is None else x.cpu()
+    Translator.project = lambda self, p, reading, tokens, guess=None, **more: (
+        product(self, p.cpu(), reading, tokens.cpu(), cpu(guess), **more).to(p.device)
+    )
 if given["roomy"]:
     _experts.home = lambda place, _: place
 inner = sys.modules["polymerge.merge"]
@@ -91,12 +98,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def merge(folder, families, merges, size, *, roomy=False):
+def merge(folder, families, merges, size, *, roomy=False, tokenizer=None):
     small = {"num_attention_heads": 2, "intermediate_size": 16}
     for seed, (name, family) in enumerate(families.items()):
         more = {"num_key_value_heads": 2} if family == "llama" else {}
         sizes = {"hidden_size": 16 + 8 * seed, "num_hidden_layers": 1 + seed}
+        if tokenizer is not None and name == "code":
+            more |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         save_tiny_model(folder / family / name, family, seed=seed, **small, **sizes, **more)
+        if tokenizer is not None and name == "code":
+            tokenizer.save_pretrained(folder / family / name)
     experts = {
         name: {"model": str(folder / family / name), "text": str(folder / f"{name}.txt")}
         for name, family in families.items()
@@ -108,6 +119,7 @@ def merge(folder, families, merges, size, *, roomy=False):
         merges=merges,
         out=str(folder / ("roomy" if roomy else "crowded")),
         roomy=roomy,
+        another=tokenizer is not None,
     )
 
 
@@ -119,6 +131,13 @@ def test_the_make_believe_device_refuses_what_cuda_refuses():
 def test_fold_of_two_families_and_healing(folder, roomy):
     heal = {"tokens": 64, "batch_rows": 2, "length": 16}
     merge(folder, {"prose": "llama", "code": "gpt_neox"}, {"fold": {"heal": heal}}, {**SHAPE, "heads": 3}, roomy=roomy)
+
+
+def test_an_expert_with_another_tokenizer(folder):
+    tokenizer = make_tokenizer([(folder / "code.txt").read_text()], 300)
+    heal = {"tokens": 64, "batch_rows": 2, "length": 16}
+    merges = {"fold": {"heal": heal}}
+    merge(folder, {"prose": "llama", "code": "mistral"}, merges, {**SHAPE, "heads": 3}, tokenizer=tokenizer)
 
 
 def test_states_stay_on_the_cpu_without_a_gpu_with_room(monkeypatch):

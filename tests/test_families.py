@@ -161,6 +161,17 @@ def test_unknown_config_key_is_refused_by_name(tmp_path):
         Source(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_parameters"])
+def test_part_of_a_head_rotated_is_refused_where_transformers_rotates_all_of_it(key, tmp_path):
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    for name in ("llama", "stablelm"):
+        save_tiny(name, tmp_path / name)
+        edit_config(tmp_path / name, **{key: part.get(key, part)})
+    assert len(Source(tmp_path / "stablelm").spec.frequencies) in (1, 2)  # of 4 pairs; the first is its own default
+    with pytest.raises(FamilyError, match=r"'partial_rotary_factor' is 0\.5, which the llama table does not know"):
+        Source(tmp_path / "llama")
+
+
 def test_unknown_family_suggests_the_nearest(tmp_path):
     save_tiny("llama", tmp_path)
     edit_config(tmp_path, model_type="lama")

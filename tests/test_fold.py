@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from polymerge import families, plan, recipe
+from polymerge.align import depth
 from polymerge.bench import modular
 from polymerge.bench.tasks import Arithmetic
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
 from polymerge.methods import _refine
 from polymerge.methods import fold as folding
-from polymerge.methods._experts import Experts
+from polymerge.methods._experts import Experts, kept
 from polymerge.methods._layers import Knobs, LayerFold, as_gated
 from polymerge.methods._refine import Refine
 from polymerge.model import decoder
@@ -478,6 +479,52 @@ def test_the_search_walks_down_one_valley_and_keeps_what_gains_more_than_noise()
     assert (target.width, asked[:3]) == (40, [30, 40, 50])
     assert knobs == replace(Knobs(), mute=0.1)  # ridge is within the noise, "even" deals out the same, the gate loses
     assert best == [pytest.approx(1.8), 0.0]
+
+
+def test_more_than_noise_is_a_share_of_a_loss_on_either_side_of_zero():
+    better = {(0.98, 1.0): True, (0.995, 1.0): False, (-0.0496, -0.05): False, (-0.0502, -0.05): False,
+              (-0.051, -0.05): True, (-0.001, 0.0): True, (0.0, 0.0): False, (1.0, math.inf): True}  # fmt: skip
+    assert {case: folding.gained(*case, 0.99) for case in better} == better
+    one = modular.spec_of(modular.expert("x_plus_y", "base"), Arithmetic())
+    losses = {8: -0.05, 16: -0.05, 24: -0.0496}
+    shapes = [replace(one, width=width) for width in losses]
+    assert folding.walk(shapes, 1, lambda shape: [losses[shape.width]], 0.99) == (1, [-0.05])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gates_are_closed_on_others_texts_however_these_begin(shared, save_model, tmp_path):
+    """Also where no text of another's begins as one of the expert's does, so that it has no say anywhere in them."""
+    sources = [expert(save_model, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.cat([torch.randint(32 * k, 32 * k + 32, (40, 16), generator=g) for k in (0, 1)])
+    if shared:
+        tokens[:, 0] = 0
+    owner = torch.arange(2).repeat_interleave(40)
+    owned, scored = by_prefix(tokens, owner, 2).double(), torch.ones(16, dtype=torch.bool)
+    data = Calibration(tokens, owner, torch.arange(80) % 5 != 0, owned, scored, (1.0, 1.0))
+    assert bool((owned[0][40:] > 0).any()) == shared
+    family, (target,) = shape(sources, "llama")
+    _, _, weights = folded_logits(sources, family, target, data, Knobs(off_gate=2.0))
+    x = decoder.embed(target, weights[None], tokens)
+    gates = decoder.layer(target, weights[0], x).gate[..., : sources[0].spec.mlp]
+    assert float(gates[40:, 2:].mean()) < -1.5
+
+
+@pytest.mark.parametrize("layers", [6, 2, 1])
+def test_states_kept_are_no_more_than_are_counted(layers, save_model, tmp_path):
+    source, data = expert(save_model, tmp_path, num_hidden_layers=6), texts(1)
+    _, (target,) = shape([source], "llama", width=32, layers=layers, heads=4, mlp=48)
+    experts = Experts([source], target, data, [depth.spread(6, layers)], 16)
+    most = 0
+    for layer in range(layers):
+        present = experts.hosted(layer)
+        for _ in experts.attention(present):
+            states = [*experts.states, *(x for pair in experts._inside.values() for x in pair)]
+            most = max(most, len({x.data_ptr() for x in states}))
+        for _ in experts.feed_forward(present):
+            pass
+    counted = (kept([source.spec], target) - 3 * target.width) // source.spec.width
+    assert most + 1 <= counted <= most + 4  # and one that is being made
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ import yaml
 from conftest import save_tiny_model
 
 import polymerge
+from polymerge.calibrate.texts import read_skill
 from polymerge.errors import OutputError
+from polymerge.evaluate import bits_per_byte
+from polymerge.readers import TEST_ROWS, rows_of
 
 RECIPE = {
     "method": "fold",
@@ -64,6 +67,19 @@ def test_result_is_a_stock_checkpoint_that_generates(merged):
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 4
     assert sum(p.numel() for p in model.parameters()) == merged.parameters
     assert 0.97 * 1.5 <= merged.parameters / max(merged.expert_parameters.values()) <= 1.5
+
+
+def test_what_is_said_of_it_was_measured_on_what_the_file_holds(merged):
+    """To the last digit: rounding a model for the file must not round what the file does not hold."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged.out)
+    model = AutoModelForCausalLM.from_pretrained(merged.out, dtype=torch.float32)
+    skills = {k: read_skill(k, (merged.out.parent / f"{k}.txt",)) for k in merged.skills}
+    test = rows_of(skills, "test", tokenizer, RECIPE["fold"]["length"], TEST_ROWS)
+    assert {k: bits_per_byte(model, rows) for k, rows in test.items()} == {
+        k: row["healed"] for k, row in merged.skills.items()
+    }
 
 
 def test_result_has_its_papers(merged):

@@ -361,6 +361,14 @@ def test_rows_longer_than_a_context_are_refused(look, made):
             a=made("llama"), b=short)  # fmt: skip
     refused(PreflightError, look, "heal.length: 64", "set heal.length: 48", a=made("llama"),
             b=made("mid", max_position_embeddings=48), heal={"tokens": 10_000, "length": 64})  # fmt: skip
+    refused(PreflightError, look, "heal.length: 64", a=made("llama"), b=made("mid", max_position_embeddings=48),
+            method="linear", heal={"tokens": 10_000, "length": 64})  # fmt: skip
+
+
+def test_rows_longer_than_the_rotation_that_is_read_are_refused(look, made):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = made("phi", "phi3", rope_parameters=rope, original_max_position_embeddings=24, max_position_embeddings=128)
+    refused(PreflightError, look, "fold.length: 32", "'b' knows only 24", a=made("llama"), b=phi)
 
 
 def test_every_part_of_a_text_must_give_a_row(look, made, tmp_path):

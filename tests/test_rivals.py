@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from polymerge import families, recipe, record
 from polymerge.align.procrustes import pair_block
 from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.ownership import by_prefix
@@ -24,6 +25,7 @@ from polymerge.methods import (
 )
 from polymerge.methods._lift import lift, rows_of_all
 from polymerge.methods._merge import aligned
+from polymerge.methods._traces import activations
 from polymerge.model import decoder
 from polymerge.model.source import Source
 
@@ -305,6 +307,32 @@ def test_a_difference_is_carried_over_from_a_permuted_base(family, save_model, t
     assert gap(half, base, data) < 1e-9
     with pytest.raises(PreflightError, match="bases: 0 for 2 experts"):
         merged(task_vector_transport.Method(), [base, base], base.spec)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_what_flows_through_an_expert_is_what_its_family_computes(family, save_model, tmp_path):
+    """Layers of one model may differ in window, rotation and scale; what a rival sees of them must, too."""
+    more = {"num_hidden_layers": 4, "max_position_embeddings": 128}
+    source, tokens = Source(save_model(tmp_path, family, **more), dtype=torch.float64), texts().tokens
+    *_, last = activations(source.spec, source.outer(), source.layer, tokens)
+    found = decoder.linear(source.outer(), "head", last["norm"])
+    if not source.spec.logit_cap:
+        torch.testing.assert_close(found, source.logits(tokens), atol=1e-9, rtol=0)
+    seen = source.spec.logit_cap
+    assert not seen or torch.allclose(seen * torch.tanh(found / seen), source.logits(tokens), atol=1e-9)
+
+
+def test_a_base_is_part_of_what_a_merge_depends_on(save_model, tmp_path):
+    paths = [save_model(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b", "base"))]
+    asked = recipe.parse({
+        "method": "task_vector_transport", "anchor": "a", "options": {"bases": [str(paths[2])] * 2},
+        "experts": {path.name: {"model": str(path), "text": "unused.txt"} for path in paths[:2]},
+    })  # fmt: skip
+    sources = {path.name: Source(path) for path in paths[:2]}
+    before = record.digest(asked, sources, "texts")
+    assert record.plain(asked)["options"]["bases"] == ["base", "base"]
+    save_model(paths[2], seed=9)
+    assert record.digest(asked, sources, "texts") != before
 
 
 def test_linear_is_the_plain_average_of_equal_shapes(save_model, tmp_path):

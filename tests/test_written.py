@@ -42,6 +42,12 @@ def test_an_expert_writes_what_it_expects(parrot):
     assert all(text in "bca" * 99 for text in free)
 
 
+@pytest.mark.parametrize("positions", [8, PROMPT])
+def test_an_expert_with_few_positions_goes_on_from_fewer_tokens(positions, tmp_path):
+    source = Source(save_tiny_model(tmp_path, max_position_embeddings=positions))
+    assert written(source, byte_tokenizer(), 100, texts=["a text that it goes on from, again and again"])
+
+
 def test_it_is_drawn_at_its_own_temperature(parrot):
     text = "".join(written(parrot, byte_tokenizer(), 20_000, texts=["d" * PROMPT]))
     assert set(text) == {"d", "e"}

@@ -39,15 +39,7 @@ class Folder:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             theirs: dict[str, str] = state.pop("inputs")
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            pickle.UnpicklingError,
-        ) as error:
+        except _DAMAGED as error:
             raise OutputError(f"{file}: not a healing state, or damaged; {advice}") from error
         names = sorted({*theirs, *self.inputs})
         differing = [

@@ -6,6 +6,7 @@ Nothing is written before preflight passes; `out` appears whole or not at all. W
 interrupted and called again: a finished fold is not repeated, healing goes on where it stopped.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -85,7 +86,7 @@ class MergeResult:
         """The skill that lost most against its owner, and how much."""
         last = "healed" if self.heal_curve else "union" if self.method == "union" else "fold"
         losses = {name: row[last] - row["owner"] for name, row in self.skills.items()}
-        return max(losses.items(), key=lambda item: item[1]) if losses else None
+        return max(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])) if losses else None
 
     def summary(self) -> dict[str, Any]:
         """Plain data, as in summary.json."""
@@ -326,12 +327,12 @@ class Job:
     def write(self, student: Any, writer: CheckpointWriter) -> None:
         """The weights in the recipe's dtype, and what they are worth in it."""
         dtype = getattr(torch, self.recipe.dtype)
-        student = student.to(dtype)
-        weights = student.state_dict()
+        weights = {name: tensor.to(dtype) for name, tensor in student.state_dict().items()}
         for name in Checkpoint(self.work / "fold").names:
             writer.add(name, weights[name])
         write_config(writer, student.config, dtype)
-        self._measure(student.float(), "healed" if self.recipe.heal else "fold")
+        student.load_state_dict(weights)  # rounded as the file is; buffers, which it does not hold, are not
+        self._measure(student, "healed" if self.recipe.heal else "fold")
 
     def _measure(self, model: Any, column: str) -> None:
         self.progress.stage("test", len(self.test))

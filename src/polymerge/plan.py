@@ -22,7 +22,7 @@ GRID = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Candidate shapes, best guess first; `budget` in parameters (None: the shape was given)."""
+    """Candidate shapes, narrow first; `budget` in parameters (None: the shape was given)."""
 
     family: Family
     shapes: tuple[Spec, ...]

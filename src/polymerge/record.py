@@ -15,6 +15,7 @@ from polymerge.calibrate.texts import Skill
 from polymerge.checkpoint import hub
 from polymerge.checkpoint.card import Card, SkillRow, model_card
 from polymerge.checkpoint.lock import LOCK, lock_text, package_versions
+from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import OutputError
 from polymerge.features import Features
@@ -37,6 +38,8 @@ def plain(recipe: Recipe) -> dict[str, Any]:
         if not hub.named(expert["model"]):
             expert["model"] = Path(expert["model"]).name
         expert["text"] = [Path(t).name for t in expert["text"]]
+    if bases := data.get("options", {}).get("bases"):
+        data["options"]["bases"] = [Path(base).name for base in bases]
     return data
 
 
@@ -46,14 +49,20 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def digest(recipe: Recipe, sources: Mapping[str, Source], texts: str) -> str:
-    """What a fold depends on, hashed: recipe without healing, sources, calibration rows, versions."""
+    """What a fold depends on, hashed: recipe without healing, sources and their bases, calibration rows, versions."""
     data = {
         "recipe": {k: v for k, v in plain(recipe).items() if k not in ("heal", "dtype", "union")},
         "sources": {k: s.checkpoint.digest() for k, s in sources.items()},
+        "bases": [base.digest() for base in _bases(recipe)],
         "texts": texts,
         "packages": package_versions(),
     }
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _bases(recipe: Recipe) -> list[Checkpoint]:
+    """What a rival's options name beside the experts: the models that these were tuned from."""
+    return [Checkpoint(Path(base)) for base in recipe.options.get("bases", ())]
 
 
 def save_fold(writer: CheckpointWriter, folded: Folded, key: str) -> None:
@@ -118,7 +127,10 @@ def finish(
         texts={k: s.split_record() for k, s in skills.items()},
         calibration=calibration,
         seed=recipe.seed,
-        extra={"knobs": result.knobs, "balance": result.balance, "shape": result.shape},
+        extra={
+            "knobs": result.knobs, "balance": result.balance, "shape": result.shape,
+            **({"bases": bases} if (bases := [base.file_digests() for base in _bases(recipe)]) else {}),
+        },
     ))  # fmt: skip
     writer.text("README.md", model_card(Card(
         title=f"Merge of {', '.join(recipe.experts)}",

@@ -3,7 +3,8 @@
 A rotary pair keeps its meaning only on a pair of (nearly) the same frequency. A head of size h goes into a head of
 size H without loss when H's pairs contain h's frequencies; pairs that the source does not rotate (learned positions,
 partial RoPE) go to the slowest pairs, which hardly turn within a text. Scores are divided by √H in the target
-instead of √h, so queries and keys are scaled by (H / h)^¼ each.
+instead of √h, so queries and keys are scaled by (H / h)^¼ each; and by a scaling's factor on cos and sin (YaRN's and
+LongRoPE's), which the source applies to what it rotates and the target to all.
 """
 
 import math
@@ -24,13 +25,15 @@ class Placement:
     rotary: tuple[int, ...]
     plain: tuple[int, ...]
     size: int
-    scale: float
+    scale: tuple[float, ...]
     worst_angle: float
 
     def place(self, x: Float[Tensor, "... head hd"], *, value: bool) -> Float[Tensor, "... head target"]:
         """Source heads inside target heads, zero elsewhere."""
         out = x.new_zeros(*x.shape[:-1], self.size)
-        out[..., list(self.plain if value else self.rotary)] = x if value else x * self.scale
+        out[..., list(self.plain if value else self.rotary)] = (
+            x if value else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        )
         return out
 
 
@@ -51,11 +54,13 @@ def placement(source: Spec, target: Spec, span: float = 64.0) -> Placement:
     for pair in range(pairs):
         first, second = (pair, pair + rotated) if pair < rotated else (2 * pair, 2 * pair + 1)
         rotary[first], rotary[second] = slot[pair], slot[pair] + half
+    plain = (target.head_size / source.head_size) ** 0.25 / target.rope_scale
+    scale = [plain * (source.rope_scale if i < 2 * rotated else 1.0) for i in range(source.head_size)]
     return Placement(
         rotary=tuple(rotary),
         plain=tuple(range(source.head_size)),
         size=target.head_size,
-        scale=(target.head_size / source.head_size) ** 0.25 * source.rope_scale / target.rope_scale,
+        scale=tuple(scale),
         worst_angle=float(drift[rows, columns].max()),
     )
 

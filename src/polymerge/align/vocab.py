@@ -55,12 +55,13 @@ class VocabMap:
     lossy: tuple[str, ...] = ()
 
     def embed(self, donor_embeddings: Float[Tensor, "donor dim"]) -> Float[Tensor, "anchor dim"]:
-        """M E in the dtype of E, computed in float32 at least; rows of unknown tokens are zero.
+        """M E in the dtype and on the device of E, computed in float32 at least; rows of unknown tokens are zero.
 
         E may have padding rows after the donor's tokens. Raises ValueError if it has fewer rows than tokens.
         """
         dtype = torch.promote_types(donor_embeddings.dtype, torch.float32)
-        return (self._matrix(len(donor_embeddings), dtype) @ donor_embeddings.to(dtype)).to(donor_embeddings)
+        known = donor_embeddings.to("cpu", dtype)  # where the map is
+        return (self._matrix(len(known), dtype) @ known).to(donor_embeddings)
 
     def push(self, probabilities: Float[Tensor, "*batch anchor"]) -> Float[Tensor, "*batch donor"]:
         """Move the mass of every anchor token to its donor tokens: p M.

@@ -1,11 +1,12 @@
 """LEADERBOARD.md and the pages of its cases, from rows alone: the same rows, in any order, give the same bytes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from polymerge.bench.methods import METHODS, PUBLIC, known
-from polymerge.bench.rows import Row, excess, judged
+from polymerge.bench.rows import Row, excess, judged, ranked
 
 NAMES = {
     "expert": "expert, from scratch", "fold_heal": "fold + heal",
@@ -239,7 +240,8 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
         line = [*first, *(scores(done, s) for s in skills), figure([r.worst for r in done])]
         line += [figure(map(excess, done))] if over else []
         line += [figure([r.gap_closed for r in done], 2), *cost(done), _notes(some), command]
-        good.append((-up * (_average(map(judged, done)) or 0.0), name, line))
+        score = _average(map(judged, done))
+        good.append((math.inf if score is None else ranked(-up * score), name, line))
     lines = [line for _, _, line in sorted(good, key=lambda item: item[:2])]
     return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)], one=True)
 

@@ -89,14 +89,15 @@ class Cells:
                     if mine and method in self._left(case, seed):
                         bed = bed or self._bed(case, seed, make, Path(own), shared)
                         self._cell(case, seed, method, bed)
-        if shared.exists() and not self._left(case, seed) and self._deserted(case, seed):
-            shutil.rmtree(shared, ignore_errors=True)
+        if shared.exists() and not self._left(case, seed):
+            self._sweep(case, seed, shared)
 
-    def _deserted(self, case: Case, seed: int) -> bool:
-        """Whether no process is at any method of a case, those that this run was not asked for included."""
-        with ExitStack() as locks:
+    def _sweep(self, case: Case, seed: int, shared: Path) -> None:
+        """Delete what the methods of a case share, unless a process is at one, asked for by this run or not."""
+        with ExitStack() as locks:  # nobody can begin one meanwhile
             claims = (self._claim(case, seed, method) for method in table.known())
-            return all(locks.enter_context(held(claim, wait=False)) for claim in claims)
+            if all(locks.enter_context(held(claim, wait=False)) for claim in claims):
+                shutil.rmtree(shared, ignore_errors=True)
 
     def _missing(self) -> int:
         """Cells without a row."""

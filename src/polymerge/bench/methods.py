@@ -19,6 +19,7 @@ from polymerge import plan as planning
 from polymerge._suggest import unknown
 from polymerge.bench import peer
 from polymerge.bench.answers import Weights
+from polymerge.bench.rows import ranked
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PolymergeError, PreflightError
 from polymerge.model.source import Source
@@ -181,8 +182,8 @@ def best_of(bed: Bed, tries: Mapping[str, Callable[[], Outcome]]) -> Outcome:
     if len(found) == 1:
         return found[0]
     spent = [outcome.flops for outcome in found if outcome.flops is not None]
-    scores = [min(up * score for score in outcome.extra["validation"].values()) for outcome in found]
-    best = found[max(range(len(found)), key=scores.__getitem__)]
+    losses = [max(ranked(-up * score) for score in outcome.extra["validation"].values()) for outcome in found]
+    best = found[min(range(len(found)), key=losses.__getitem__)]
     best.flops = sum(spent) if spent else None
     best.reused = max(outcome.reused for outcome in found)
     return best

@@ -252,10 +252,11 @@ class ModularBed:
         _, weights, flops = folded(experts, self.family, [target], texts, self.settings.fold, self.seed, self.progress)
         return self._outcome(target, weights, flops=flops)
 
-    def _training(self, parameters: int, steps: int) -> int:
-        """Operations of a distillation at every learning rate."""
-        settings = self.settings.distil
-        taught = [(self.experts[self.owner[t]].parameters, 3 * len(s.train)) for t, s in self.splits.items()]
+    def _training(self, parameters: int, steps: int, *, fused: bool = False) -> int:
+        """Operations of a distillation at every learning rate; `fused`: every expert reads every task."""
+        settings, sizes = self.settings.distil, [e.parameters for e in self.experts]
+        readers = {t: sum(sizes) if fused else sizes[self.owner[t]] for t in self.splits}
+        taught = [(readers[t], 3 * len(split.train)) for t, split in self.splits.items()]
         return training_flops(parameters, steps * settings.batch * 3, runs=len(settings.lrs), teachers=taught)
 
     def _steps(self, target: Spec, spare: int) -> int:
@@ -304,7 +305,8 @@ class ModularBed:
             "step_val_acc_99": done.first_99,
         })  # fmt: skip
         outcome.steps, outcome.tokens = settings.steps, settings.steps * settings.batch * 3
-        outcome.flops = self._training(plan.parameters(self.family, target), settings.steps)
+        size = plan.parameters(self.family, target)
+        outcome.flops = self._training(size, settings.steps, fused=lessons is not None)
         outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
         return outcome
 

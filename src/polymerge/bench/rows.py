@@ -91,13 +91,18 @@ def summarise(
     if not scores:
         return {}
     up = 1 if metric == "accuracy" else -1
-    name = min(scores, key=lambda skill: (up * (scores[skill] - owners[skill]), skill))
+    name = min(scores, key=lambda skill: (-ranked(up * (owners[skill] - scores[skill])), skill))
     gaps = [
         (scores[skill] - anchor[skill]) / (owners[skill] - anchor[skill])
         for skill in scores
         if skill in anchor and up * (owners[skill] - anchor[skill]) > 1e-3  # noqa: PLR2004  below: the anchor's own
     ]
     return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
+
+
+def ranked(loss: float) -> float:
+    """A loss to sort by: what is no number is worse than any."""
+    return math.inf if math.isnan(loss) else loss
 
 
 def excess(row: Row) -> float | None:

@@ -352,7 +352,9 @@ class TextBed:
         )  # fmt: skip
         outcome = self._measured(best.model, target)
         outcome.tokens, outcome.steps = best.done.tokens, best.done.steps
-        outcome.flops = self._training(plan.parameters(self.family, target), best.done.tokens, len(rates), features)
+        outcome.flops = self._training(
+            plan.parameters(self.family, target), best.done.tokens, len(rates), features, fused=guide is not None
+        )
         outcome.notes, outcome.extra = best.note, best.extra
         return outcome
 
@@ -361,10 +363,18 @@ class TextBed:
         size = plan.parameters(self.family, self._target())
         return (self._folded()[1].flops or 0) + self._training(size, self.detail.heal_tokens, len(self.detail.lrs))
 
-    def _training(self, parameters: int, tokens: int, runs: int, features: Mapping[str, Features] | None = None) -> int:
-        """Operations of so many healings of a model of so many parameters."""
+    def _training(
+        self,
+        parameters: int,
+        tokens: int,
+        runs: int,
+        features: Mapping[str, Features] | None = None,
+        *,
+        fused: bool = False,
+    ) -> int:
+        """Operations of so many healings of a model of so many parameters; `fused`: every expert reads every row."""
         teachers = list(self.expert_parameters.values())
-        return operations(parameters, tokens, runs, teachers, list((features or {}).values()))
+        return operations(parameters, tokens, runs, teachers, list((features or {}).values()), fused=fused)
 
     def _tokens(self, target: Spec, operations: int, features: Mapping[str, Features] | None = None) -> int:
         """Tokens of one healing that takes so many operations; at least the case's."""

@@ -52,9 +52,18 @@ def at_best_rate(
 
 
 def operations(
-    parameters: int, tokens: int, runs: int, teachers: Sequence[int], features: Sequence[Features] = ()
+    parameters: int,
+    tokens: int,
+    runs: int,
+    teachers: Sequence[int],
+    features: Sequence[Features] = (),
+    *,
+    fused: bool = False,
 ) -> int:
-    """Of matrix products in `runs` such distillations; a row has one teacher, its owner: about equally many each."""
-    share = runs * tokens // len(teachers)
+    """Of matrix products in `runs` such distillations; a row is read by its owner, by about equally many each.
+
+    `fused`: by every teacher.
+    """
+    share = runs * tokens // (1 if fused else len(teachers))
     spent = training_flops(parameters, tokens, runs=runs, teachers=[(size, share) for size in teachers])
     return spent + share * sum(one.operations for one in features)

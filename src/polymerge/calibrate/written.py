@@ -59,12 +59,14 @@ def written(expert: Source, tokenizer: Any, tokens: int, *, seed: int = 0, texts
         eos_token_id=end, pad_token_id=0 if end is None else end,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    joined = torch.tensor([token for ids in encoded for token in ids], dtype=torch.long)
     found: dict[str, int] = {}
     fruitless, rows = 0, torch.empty(0, 0, dtype=torch.long)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while sum(found.values()) < tokens and fruitless < FRUITLESS:
-            begun = _windows(tokenizer, texts, generator) if texts else _ends(rows, tokenizer, settings, generator)
+            begun = _windows(joined, settings, generator) if texts else _ends(rows, tokenizer, settings, generator)
             begun = begun.to(expert.device)
             rows = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=settings).cpu()
             before = len(found)
@@ -78,12 +80,15 @@ def written(expert: Source, tokenizer: Any, tokens: int, *, seed: int = 0, texts
     return list(found)
 
 
-def _windows(tokenizer: Any, texts: Sequence[str], generator: torch.Generator) -> Int64[Tensor, "draw begun"]:
-    """Tokens from anywhere in the texts."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    joined = [token for ids in encoded for token in ids]
+def _windows(joined: Int64[Tensor, " token"], settings: Any, generator: torch.Generator) -> Int64[Tensor, "draw begun"]:
+    """Tokens from anywhere in the texts, which are put one behind the other."""
     starts = torch.randint(max(1, len(joined) - PROMPT), (BATCH,), generator=generator)
-    return torch.tensor(joined)[starts[:, None] + torch.arange(min(PROMPT, len(joined)))]
+    return joined[starts[:, None] + torch.arange(min(_prompt(settings), len(joined)))]
+
+
+def _prompt(settings: Any) -> int:
+    """How many tokens a draw goes on from: of a short model at most half of what it can read."""
+    return min(PROMPT, int(settings.max_length) // 2)
 
 
 def _ends(
@@ -96,7 +101,7 @@ def _ends(
     end = -1 if settings.eos_token_id is None else settings.eos_token_id  # which may mark beginnings as well
     going = rows[(rows[:, 1:] != end).all(1)] if rows.shape[1] == settings.max_length else rows[:0]
     if len(going) >= BATCH // 2:
-        return going[:, -min(PROMPT, settings.max_length // 2) :]
+        return going[:, -_prompt(settings) :]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         return torch.randint(len(tokenizer), (BATCH, 1), generator=generator)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polymerge.align import width
+from polymerge.align import depth, width
 from polymerge.calibrate.calibration import Calibration
 from polymerge.model import decoder
 from polymerge.model.source import Source
@@ -22,14 +22,14 @@ Present = Mapping[At, dict[str, Tensor]]
 
 
 class Experts:
-    """`hosts[k][i]`: the target layer of expert k's layer i; `beside`: the width of the target, kept with them."""
+    """`hosts[k][i]`: the layer of the target that hosts expert k's layer i."""
 
     def __init__(
-        self, sources: Sequence[Source], texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int, beside: int
+        self, sources: Sequence[Source], target: Spec, texts: Calibration, hosts: Sequence[tuple[int, ...]], batch: int
     ) -> None:
         self.sources, self.texts, self.hosts, self.batch = sources, texts, hosts, batch
         self.device, self.dtype = sources[0].device, sources[0].dtype
-        numbers = texts.tokens.numel() * (4 * sum(s.spec.width for s in sources) + 3 * beside)
+        numbers = texts.tokens.numel() * kept([s.spec for s in sources], target)
         self.home = home(torch.device(self.device), numbers * self.dtype.itemsize)
         self.outers = [source.outer() for source in sources]
         self.states = [self._embedded(k) for k in range(len(sources))]
@@ -96,15 +96,19 @@ class Experts:
         return values if foreign is None else foreign[0].of(rows).paired(values, time)
 
     def reached(self, k: int) -> Iterator[tuple[Tensor, int]]:
-        """Batches of rows, and up to where expert k has a say in them: all of its own, the beginning of others'."""
+        """Batches of rows, and up to where expert k has a say in them: all of its own, the beginning of others'.
+
+        Of others' at least the first position, so that what it does there (nothing) is asked for at all.
+        """
         mine = self.texts.owner == k
         says = (self.texts.owned[k][~mine] > 0).any(0).nonzero().flatten()
         time = self.texts.tokens.shape[1]
         for rows in torch.nonzero(mine).flatten().split(self.batch):
             yield rows, time
-        if len(says):
+        until = int(says[-1]) + 1 if len(says) else 1
+        if not bool(mine.all()):
             for rows in torch.nonzero(~mine).flatten().split(self.batch):
-                yield rows, int(says[-1]) + 1
+                yield rows, until
 
     def teacher(self, rows: Tensor, vocab: int) -> Tensor:
         """Logits of each row's owner (row, time, vocab), from the present (final) states.
@@ -155,6 +159,12 @@ class Experts:
         """How many of its own tokens expert k reads in the first `time` positions of these rows."""
         foreign = self.texts.reading(k)
         return time if foreign is None else max(1, int(foreign[0].last[rows, :time].max()) + 1)
+
+
+def kept(experts: Sequence[Spec], target: Spec) -> int:
+    """Numbers that a fold keeps of each token: the target's states, and an expert's around each layer of one host."""
+    states = ((2 * depth.most(e.layers, target.layers) + 1) * e.width for e in experts)
+    return 3 * target.width + sum(states)
 
 
 def home(device: torch.device, size: int) -> torch.device:

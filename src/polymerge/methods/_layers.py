@@ -74,7 +74,7 @@ class LayerFold:
         self.device, self.dtype = experts[0].device, experts[0].dtype
         self.generator = torch.Generator().manual_seed(seed)
         hosts = [depth.spread(e.spec.layers, target.layers, knobs.hosts) for e in experts]
-        self.experts = Experts(experts, texts, hosts, batch, target.width)
+        self.experts = Experts(experts, target, texts, hosts, batch)
         self.placements = [[placement(e.spec.at(i), target) for i in range(e.spec.layers)] for e in experts]
         self.ratio = target.heads // target.kv_heads
         self.constant = width.has_constant([e.spec for e in experts], target.width)

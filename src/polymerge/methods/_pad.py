@@ -119,8 +119,8 @@ class _Padding:
         grown = target.head_size / spec.head_size
         self.normed = "qk_norm" in spec.features
         self.stream = math.sqrt(target.width / spec.width * eps)
-        self.query = math.sqrt(grown * eps) if self.normed else place.scale
-        self.temperature = place.scale / math.sqrt(grown)
+        self.query = math.sqrt(grown * eps) if self.normed else grown**0.25
+        self.temperature = grown**-0.25
 
         # A KV head with more query heads than the target's groups have is repeated over `parts` groups.
         ratio, slots = _ratio(spec), _ratio(target)

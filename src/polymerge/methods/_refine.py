@@ -55,11 +55,13 @@ class Refine:
 
 def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer refined towards the slices' goals; `before` (row, time, width) is the stream that it reads."""
-    every = torch.arange(len(before))
     power = []
     for k in range(len(fold.slices)):
-        goal, heed = fold.audible(fold.goal(k, every)[0], fold.heed.to(fold.device))
-        power.append((goal.pow(2).mean(-1) * heed).mean())
+        parts = []
+        for rows in fold.batches():
+            goal, heed = fold.audible(fold.goal(k, rows)[0], fold.heed[rows].to(fold.device))
+            parts.append((goal.pow(2).mean(-1) * heed).flatten())
+        power.append(torch.cat(parts).mean())
 
     def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:
         out = decoder.layer(fold.target, params, before[rows].to(fold.device)).out

@@ -19,10 +19,10 @@ def activations(
     x = decoder.embed(spec, outer, tokens)
     yield {"embed": x}
     for index in range(spec.layers):
-        w = layer(index)
-        norm1 = decoder.read(spec, w, "norm1", x)
-        trace = decoder.layer(spec, w, x)
-        norm2 = decoder.read(spec, w, "norm2", x if spec.parallel else trace.mid)
+        w, own = layer(index), spec.at(index)
+        norm1 = decoder.read(own, w, "norm1", x)
+        trace = decoder.layer(own, w, x)
+        norm2 = decoder.read(own, w, "norm2", x if spec.parallel else trace.mid)
         seen = {"norm1": norm1, "mixed": trace.mixed, "norm2": norm2, "hidden": trace.hidden}
         maps = {role: decoder.linear(w, role, seen[feed]) for role, feed in INPUTS.items() if f"{role}.weight" in w}
         yield seen | maps

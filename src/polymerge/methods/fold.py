@@ -233,11 +233,16 @@ def walk(
     """
     best, start = tried(shapes[at]), at
     for step in (1, -1):
-        while 0 <= at + step < len(shapes) and max(found := tried(shapes[at + step])) < better * max(best):
+        while 0 <= at + step < len(shapes) and gained(max(found := tried(shapes[at + step])), max(best), better):
             best, at = found, at + step
         if at != start:
             break
     return at, best
+
+
+def gained(found: float, best: float, better: float) -> bool:
+    """Whether a loss is less than `better` times the best; below zero, where a fold is ahead of its owner, as far."""
+    return found < (best * better if best > 0 else best / better)
 
 
 def search(
@@ -259,7 +264,7 @@ def search(
             other = replace(knobs, **{name: value})
             if name in DEALT and dealt(target, other) == dealt(target, knobs):
                 continue
-            if max(found := tried(target, other)) < BETTER * max(best):
+            if gained(max(found := tried(target, other)), max(best), BETTER):
                 best, knobs = found, other
     return target, knobs, best
 

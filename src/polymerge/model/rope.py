@@ -16,6 +16,25 @@ def parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
     return dict(rope.get(layer_type or "full_attention", rope))
 
 
+def partial(config: Any) -> float:
+    """The part of a head that a config asks to be rotated; families that do not claim the key rotate all of it."""
+    return min(float(one.get("partial_rotary_factor", 1.0)) for one in _all(config))
+
+
+def reach(config: Any, positions: int) -> int:
+    """Up to how many positions of so many the `frequencies` hold."""
+    return min(
+        one["original_max_position_embeddings"] if one.get("rope_type") == "longrope" else positions
+        for one in _all(config)
+    )
+
+
+def _all(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters of every kind of layer."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return [one for one in rope.values() if isinstance(one, dict)] or [rope]
+
+
 def frequencies(config: Any, head_size: int, layer_type: str | None = None) -> tuple[tuple[float, ...], float]:
     """Radians per token of each rotary pair, and the factor on cos and sin, as `parameters`.
 

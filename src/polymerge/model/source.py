@@ -5,6 +5,7 @@ from its default must be understood: otherwise opening stops and names what is u
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from polymerge import families
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import FamilyError
-from polymerge.model import decoder
+from polymerge.model import decoder, rope
 from polymerge.model.spec import CANONICAL, HARMLESS, Family, Spec, Stored, axis_lengths
 
 
@@ -134,8 +135,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
     try:
         family = families.get(str(raw.pop("model_type", None)))
         config = AutoConfig.for_model(family.model_type, **raw)
-        unknown = sorted(set(config.to_diff_dict()) - family.claimed - HARMLESS)
-        _refuse(unknown, config)
+        told = {key: getattr(config, key) for key in config.to_diff_dict()}
+        if (part := rope.partial(config)) != 1.0:  # transformers moves it into `rope_parameters`
+            told["partial_rotary_factor"] = part
+        _refuse({key: told[key] for key in sorted(set(told) - family.claimed - HARMLESS)}, config.model_type)
         return family, config, family.read(config)
     except FamilyError as error:
         raise FamilyError(f"{where.parent}: {error}") from None
@@ -143,10 +146,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
         raise FamilyError(f"{where}: transformers refuses it: {error}") from error
 
 
-def _refuse(unknown: list[str], config: Any) -> None:
-    for key in unknown:
+def _refuse(unknown: Mapping[str, Any], model_type: str) -> None:
+    for key, value in unknown.items():
         raise FamilyError(
-            f"config.json: {key!r} is {getattr(config, key)!r}, which the {config.model_type} table does not know; "
+            f"config.json: {key!r} is {value!r}, which the {model_type} table does not know; "
             "remove the key if it changes nothing"
         )
 

@@ -17,6 +17,7 @@ from polymerge.calibrate.speech import Speech, resolve
 from polymerge.calibrate.texts import PARTS, Skill, adds_bos, pack, shared_documents
 from polymerge.checkpoint.writer import check_free, require_space
 from polymerge.errors import CheckpointError, PreflightError, TextError
+from polymerge.model import rope
 from polymerge.model.source import Source
 from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
@@ -124,9 +125,10 @@ def _check_tokenizer_files(source: Source) -> None:
 def _check_lengths(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     """No expert reads rows longer than it has positions for."""
     asked = {"fold.length": recipe.fold.length}
-    if recipe.heal is not None and recipe.method == "fold":
+    if recipe.heal is not None and recipe.method != "union":
         asked["heal.length"] = recipe.heal.length
-    name, least = min(((n, s.spec.max_positions) for n, s in sources.items()), key=lambda item: item[1])
+    reach = {n: rope.reach(s.config, s.spec.max_positions) for n, s in sources.items()}
+    name, least = min(reach.items(), key=lambda item: item[1])
     for key, length in asked.items():
         if length > least:
             raise PreflightError(

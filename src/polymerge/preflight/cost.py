@@ -3,7 +3,7 @@
 N tokens in R rows of T; target: width d, layers L, vocabulary V, parameters P; K experts of width d_k, layers
 L_k, parameters P_k; M = Σ mlp_k.
 
-    states    4 R T (2 d + 3 Σ d_k)     float32, all rows, before and after a block, on the CPU
+    states    4 R T (3 d + Σ (2 n_k + 1) d_k)   float32, all rows; n_k layers of an expert in one of the target's
     moments   24 (K M² + d² + d V)      float64 second moments and their factors
     bases     32 Σ (2 L_k + 1) d_k²     float64, Fisher matrices per block boundary
     logits    3 · 4 · 32 T V            one batch
@@ -28,6 +28,7 @@ import torch
 
 from polymerge import threads
 from polymerge.align import depth
+from polymerge.methods._experts import kept
 from polymerge.methods.fold import GRIDS, Settings
 from polymerge.model.source import Source
 from polymerge.plan import Plan
@@ -76,7 +77,7 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, r
     read = (rows["calibration"] + rows["validation"]) * length
     mlp = sum(depth.most(s.layers, target.layers) * s.mlp for s in specs)
     folding = (
-        4 * read * (2 * target.width + 3 * widths)
+        4 * read * kept(specs, target)
         + 24 * (len(specs) * mlp**2 + target.width * (target.width + vocab))
         + 32 * sum((2 * s.layers + 1) * s.width**2 for s in specs)
         + 12 * BATCH * length * vocab

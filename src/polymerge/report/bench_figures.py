@@ -128,10 +128,11 @@ def points(group: Sequence[Row], same: Callable[[Row], str], at: Callable[[Row],
     for method, some in by(group, "method"):
         if method in ("anchor", "placebo"):
             continue  # the first is every case's floor, the second is far below it: both would squeeze the rest
-        parts: dict[str, list[Row]] = {}
+        parts: dict[str, list[tuple[float, float]]] = {}
         for row in some:
-            parts.setdefault(same(row), []).append(row)
-        places = sorted((mean(map(at, part)), mean(judged(r) or 0.0 for r in part)) for part in parts.values())
+            if (score := judged(row)) is not None:
+                parts.setdefault(same(row), []).append((at(row), score))
+        places = sorted((mean(x for x, _ in part), mean(y for _, y in part)) for part in parts.values())
         found[method] = ([x for x, _ in places], [y for _, y in places])
     return found
 
