@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from byte_lm import END, ByteModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from polymerge.align.byte_lm import END, ByteModel
 from polymerge.align.token_bytes import token_bytes
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import TextError
-from polymerge.methods._union_bytes import bits_per_byte_union, score_union
+from polymerge.methods._union_bytes import score_union
 from polymerge.methods._union_config import UnionConfig
 from polymerge.methods._union_donors import FLOOR, Reader
 from polymerge.methods._union_modeling import UnionForCausalLM
@@ -327,7 +327,7 @@ def test_bits_per_byte_of_the_mixture():
     per_byte = 1 / (math.log(2) * found.bytes)
     assert found.union == pytest.approx(total * per_byte)
     assert found.experts == pytest.approx({n: v * per_byte for n, v in alone.items()})
-    assert bits_per_byte_union(sources, tokenizers, [t.encode() for t in texts], 0.0) == found.union
+    assert score_union(sources, tokenizers, [t.encode() for t in texts], 0.0) == found
 
 
 def test_windows_of_long_documents_lose_no_byte():

@@ -165,10 +165,11 @@ def evaluate(
             raise typer.BadParameter(f"{item!r}: expected NAME=FILE, such as code=text/code.txt", param_hint="--text")
         texts.setdefault(name, []).append(Path(file))
     import polymerge
+    from polymerge.merge import pick_device
 
     no_loading_bars()
     found = polymerge.evaluate(
-        model, texts, split=split.value, length=length, field=field, seed=seed, device=_device(device)
+        model, texts, split=split.value, length=length, field=field, seed=seed, device=pick_device(device.value)
     )
     if as_json:
         print_json(found)
@@ -337,17 +338,6 @@ def _list(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     from polymerge.report import terminal
 
     terminal.show(terminal.listing(rows))
-
-
-def _device(device: Device) -> str:
-    """The device that `auto` stands for."""
-    import torch
-
-    if device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise PolymergeError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    return device.value
 
 
 def main() -> None:

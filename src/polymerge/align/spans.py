@@ -14,7 +14,7 @@ A dummy space in front covers no byte. Special tokens that the text spells out c
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from polymerge.align.token_bytes import ByteView, as_view
@@ -106,19 +106,3 @@ def _distinct(boundaries: Int64[Tensor, " x"]) -> tuple[Int64[Tensor, " y"], Int
     if len(values) > 1:
         index[0] = 0
     return values, index
-
-
-def pair_tokens(
-    anchor_spans: Int64[Tensor, " a"], donor_spans: Int64[Tensor, " b"]
-) -> tuple[Int64[Tensor, " token"], Bool[Tensor, " token"]]:
-    """The last donor token that ends at or before each anchor token's end (-1: none), and whether at it.
-
-    The pair has read the same text, or the donor a little less, never more: nothing is looked up ahead.
-    """
-    ends = donor_spans[1:].contiguous()
-    targets = anchor_spans[1:].contiguous()
-    index = torch.searchsorted(ends, targets, right=True) - 1
-    exact = torch.zeros_like(index, dtype=torch.bool)
-    found = index >= 0
-    exact[found] = ends[index[found]] == targets[found]
-    return index, exact

@@ -10,9 +10,7 @@ Rows of M, by kind of anchor token:
 - role: one entry of 1 on the donor's special token with the same role (eos, bos, unk, pad), else the same
   literal;
 - composed: `mean`: 1/n on each of the n tokens into which the donor cuts the bytes;
-  `first`: 1 on the first of them, which makes M a map of next-token probabilities (see `VocabMap.push`);
-  `omp`: the anchor's own embedding written as a combination of at most k shared tokens' embeddings by
-  orthogonal matching pursuit (Pati et al. 1993), the same combination then taken of the donor's embeddings;
+  `first`: 1 on the first of them, which makes M a map of next-token probabilities;
 - partial: as `mean` or `first`, but the donor has no token for some of the bytes;
 - unknown: no entry.
 """
@@ -27,10 +25,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from polymerge.align.pieces import cut
-from polymerge.align.pursuit import pursue
 from polymerge.align.token_bytes import FALLBACK, ByteView, as_view
 
-Method = Literal["mean", "first", "omp"]
+Method = Literal["mean", "first"]
 
 
 class Kind(IntEnum):
@@ -52,7 +49,6 @@ class VocabMap:
     weights: Float[Tensor, " entry"]
     kinds: Int64[Tensor, " anchor"]
     donor_size: int
-    lossy: tuple[str, ...] = ()
 
     def embed(self, donor_embeddings: Float[Tensor, "donor dim"]) -> Float[Tensor, "anchor dim"]:
         """M E in the dtype and on the device of E, computed in float32 at least; rows of unknown tokens are zero.
@@ -61,41 +57,11 @@ class VocabMap:
         """
         dtype = torch.promote_types(donor_embeddings.dtype, torch.float32)
         known = donor_embeddings.to("cpu", dtype)  # where the map is
-        return (self._matrix(len(known), dtype) @ known).to(donor_embeddings)
-
-    def push(self, probabilities: Float[Tensor, "*batch anchor"]) -> Float[Tensor, "*batch donor"]:
-        """Move the mass of every anchor token to its donor tokens: p M.
-
-        For next-token probabilities build the map with `first`. The mass of unknown tokens is lost, so rows
-        sum to one less that mass. Raises ValueError for a map with negative weights (`omp`).
-        """
-        if bool((self.weights < 0).any()):
-            raise ValueError("this map has negative weights; expected one built with `first` to move probabilities")
-        flat = probabilities.reshape(-1, len(self.kinds))
-        out = (self._matrix(self.donor_size, flat.dtype).T @ flat.T).T
-        return out.reshape(*probabilities.shape[:-1], self.donor_size)
-
-    def report(self) -> dict[str, float]:
-        """Fractions of the anchor's tokens by kind, and what to expect of the map.
-
-        pieces: mean entries of a composed token. donor_reached: fraction of donor tokens that some anchor
-        token leads to; the rest of the donor's embeddings cannot be asked for in the anchor's tokens.
-        """
-        total = max(len(self.kinds), 1)
-        out = {k.name.lower(): int((self.kinds == k).sum()) / total for k in Kind}
-        per_row = torch.bincount(self.rows, minlength=len(self.kinds)).double()
-        composed = (self.kinds == Kind.COMPOSED) | (self.kinds == Kind.PARTIAL)
-        out["pieces"] = float(per_row[composed].mean()) if bool(composed.any()) else 0.0
-        reached = int((torch.bincount(self.columns, minlength=self.donor_size) > 0).sum())
-        out["donor_reached"] = reached / max(self.donor_size, 1)
-        return out
-
-    def _matrix(self, columns: int, dtype: torch.dtype) -> Tensor:
-        if columns < self.donor_size:
-            raise ValueError(f"{columns} donor embeddings; expected a row for each of {self.donor_size} tokens")
-        place = torch.stack([self.rows, self.columns])
-        size = (len(self.kinds), columns)
-        return torch.sparse_coo_tensor(place, self.weights.to(dtype), size, check_invariants=False).coalesce()
+        if len(known) < self.donor_size:
+            raise ValueError(f"{len(known)} donor embeddings; expected a row for each of {self.donor_size} tokens")
+        place, size = torch.stack([self.rows, self.columns]), (len(self.kinds), len(known))
+        matrix = torch.sparse_coo_tensor(place, self.weights.to(dtype), size, check_invariants=False).coalesce()
+        return (matrix @ known).to(donor_embeddings)
 
 
 def shared(anchor: Any, donor: Any) -> tuple[Int64[Tensor, " pair"], Int64[Tensor, " pair"]]:
@@ -132,22 +98,10 @@ def shared(anchor: Any, donor: Any) -> tuple[Int64[Tensor, " pair"], Int64[Tenso
     return table[:, 0].contiguous(), table[:, 1].contiguous()
 
 
-def vocab_map(
-    anchor: Any,
-    donor: Any,
-    *,
-    method: Method = "mean",
-    anchor_embeddings: Tensor | None = None,
-    atoms: int = 8,
-    dictionary: int = 8192,
-) -> VocabMap:
-    """The map from the anchor's tokens to the donor's.
+def vocab_map(anchor: Any, donor: Any, *, method: Method = "mean") -> VocabMap:
+    """The map from the anchor's tokens to the donor's: fast tokenizers or their ByteViews.
 
-    anchor, donor: fast tokenizers or their ByteViews. `omp` needs the anchor's own embeddings (tokens or
-    more, dim); a token is a combination of at most `atoms` of the first `dictionary` shared tokens (low ids
-    are the common ones); `pursue` says what that costs.
-
-    Raises PreflightError for a tokenizer without exact bytes, ValueError where `omp` lacks embeddings.
+    Raises PreflightError for a tokenizer without exact bytes.
     """
     a, d = as_view(anchor), as_view(donor)
     ids, targets = shared(a, d)
@@ -155,45 +109,16 @@ def vocab_map(
     kinds = torch.full((len(a.pieces),), int(Kind.UNKNOWN), dtype=torch.int64)
     kinds[ids] = torch.where(special[ids], int(Kind.ROLE), int(Kind.SHARED))
     rest = torch.nonzero((kinds == Kind.UNKNOWN) & ~special)[:, 0]
-    if method == "omp":
-        x = _checked(anchor_embeddings, len(kinds))
-        atoms_from = torch.nonzero(kinds[ids] == Kind.SHARED)[:dictionary, 0]
-        rows, columns, weights = _combined(x, rest, ids[atoms_from], targets[atoms_from], atoms)
-        kinds[rows] = int(Kind.COMPOSED)
-    else:
-        found = cut(d, (a.surface[i] for i in rest.tolist()))
-        rows, columns, weights = _pieces(rest.tolist(), found, first=method == "first")
-        kinds[rest] = torch.tensor(
-            [_covered(a.surface[i], f, d) for i, f in zip(rest.tolist(), found, strict=True)],
-            dtype=torch.int64,
-        )
+    found = cut(d, (a.surface[i] for i in rest.tolist()))
+    rows, columns, weights = _pieces(rest.tolist(), found, first=method == "first")
+    kinds[rest] = torch.tensor(
+        [_covered(a.surface[i], f, d) for i, f in zip(rest.tolist(), found, strict=True)],
+        dtype=torch.int64,
+    )
     rows, columns = torch.cat([ids, rows]), torch.cat([targets, columns])
     weights = torch.cat([torch.ones(len(ids), dtype=torch.float64), weights])
     order = rows.argsort(stable=True)
-    lossy = tuple(dict.fromkeys([*a.lossy, *d.lossy]))
-    return VocabMap(rows[order], columns[order], weights[order], kinds, len(d.pieces), lossy)
-
-
-def compose(
-    anchor: Any,
-    donor: Any,
-    donor_embeddings: Float[Tensor, "donor dim"],
-    *,
-    method: Method = "mean",
-    anchor_embeddings: Tensor | None = None,
-    atoms: int = 8,
-    dictionary: int = 8192,
-) -> tuple[Float[Tensor, "anchor dim"], Int64[Tensor, " anchor"]]:
-    """An embedding in the donor's space for each anchor token, and its `Kind`; see `vocab_map`."""
-    found = vocab_map(
-        anchor,
-        donor,
-        method=method,
-        anchor_embeddings=anchor_embeddings,
-        atoms=atoms,
-        dictionary=dictionary,
-    )
-    return found.embed(donor_embeddings), found.kinds
+    return VocabMap(rows[order], columns[order], weights[order], kinds, len(d.pieces))
 
 
 def _covered(data: bytes, pieces: Sequence[int], donor: ByteView) -> int:
@@ -209,19 +134,3 @@ def _pieces(ids: list[int], found: list[list[int]], *, first: bool) -> tuple[Ten
     rows = torch.tensor(ids, dtype=torch.int64).repeat_interleave(counts)
     columns = torch.tensor([j for f in used for j in f], dtype=torch.int64)
     return rows, columns, (1 / counts.double()).repeat_interleave(counts)
-
-
-def _combined(x: Tensor, rest: Tensor, ids: Tensor, targets: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
-    if not len(ids) or not len(rest):
-        empty = torch.zeros(0, dtype=torch.int64)
-        return empty, empty, torch.zeros(0, dtype=torch.float64)
-    index, weight = pursue(x[rest], x[ids], atoms)
-    kept = weight != 0
-    return rest[:, None].expand_as(index)[kept], targets[index][kept], weight[kept]
-
-
-def _checked(embeddings: Tensor | None, tokens: int) -> Tensor:
-    if embeddings is None or len(embeddings) < tokens:
-        have = "no" if embeddings is None else str(len(embeddings))
-        raise ValueError(f"`omp` got {have} anchor embeddings; expected a row for each of {tokens} tokens")
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

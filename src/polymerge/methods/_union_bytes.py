@@ -37,13 +37,6 @@ class UnionScore:
     chunks: int
 
 
-def bits_per_byte_union(
-    sources: Mapping[str, Any], tokenizers: Mapping[str, Any], texts: Sequence[str | bytes], alpha: float
-) -> float:
-    """Bits per byte of the mixture on documents; see `score_union`, which gives each expert's as well."""
-    return score_union(sources, tokenizers, texts, alpha).union
-
-
 def score_union(
     sources: Mapping[str, Any],
     tokenizers: Mapping[str, Any],
@@ -72,7 +65,7 @@ def score_union(
     """
     names = list(sources)
     views = [v if isinstance(v := tokenizers[name], ByteView) else byte_view(v) for name in names]
-    leads = [_lead(view) for view in views]
+    leads = [lead(view) for view in views]
     skip = 0 if all(leads) else 1
     windows: list[_Window] = []
     for text in texts:
@@ -166,7 +159,7 @@ def _evidence(
     return out
 
 
-def _lead(view: ByteView) -> list[int]:
+def lead(view: ByteView) -> list[int]:
     """The token that comes before a text: the beginning token if the tokenizer puts one, else the end token."""
     wanted = ("bos", "eos") if adds_bos(view.tokenizer) else ("eos", "bos")
     return [view.roles[role] for role in wanted if role in view.roles][:1]

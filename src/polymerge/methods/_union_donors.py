@@ -1,7 +1,7 @@
 """Experts of a union whose tokenizer is not the anchor's: donors, which read bytes and predict the anchor's tokens.
 
 A donor reads the row's bytes s as a beam of heads, which is exact up to what the beam drops (Phan et al. 2024;
-Vieira et al. 2024; `polymerge.align.byte_lm` is the reference). A head is a sequence of the donor's tokens that
+Vieira et al. 2024; `tests/byte_lm.py` is the reference). A head is a sequence of the donor's tokens that
 spells s but for the bytes pending at its end, and the next token w must begin with those and go on:
 
     mass of (head, w) = P(head's tokens) p(w | head's tokens)
