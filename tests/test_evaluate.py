@@ -225,6 +225,31 @@ def test_a_real_union_folder_is_evaluated(tmp_path, save_model, sums):
     assert union["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.down_proj.weight"), "1 tensors that config.json promises are not there"),
+        (lambda w: w.update({"lm_head.weight": w["lm_head.weight"] * math.nan}), "NaN or infinite"),
+        (lambda w: w.update({"lm_head.weight": w["lm_head.weight"][:, :8].clone()}), "transformers cannot load it"),
+    ],
+)
+def test_weights_that_are_not_there_are_not_made_up(change, message, tmp_path, save_model, sums):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        evaluate(folder, {"sums": [sums]})
+
+
+def test_prompts_that_are_empty_or_longer_than_the_context(tmp_path, save_model, tokenizer):
+    model, _ = load_for_evaluation(save_model(tmp_path, "gpt2", max_position_embeddings=16))
+    for prompt in ("", "a long prompt " * 9):
+        assert 0 <= exact_match(model, tokenizer, [(prompt, "b")]) <= 1
+
+
 def test_unloadable_folder_is_one_clear_line(tmp_path, save_model):
     folder = save_model(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())

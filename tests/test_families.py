@@ -172,6 +172,35 @@ def test_part_of_a_head_rotated_is_refused_where_transformers_rotates_all_of_it(
         Source(tmp_path / "llama")
 
 
+def test_an_activation_that_nobody_knows_is_refused(tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, hidden_act="foo")
+    with pytest.raises(FamilyError, match="activation 'foo' is none that transformers knows"):
+        Source(tmp_path)
+
+
+def test_weights_that_are_no_floating_point_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(FamilyError, match=r"up_proj\.weight' is stored as torch\.int8; expected floating point"):
+        Source(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "known"), [(False, True), (None, True), (True, False)])
+def test_a_key_that_transformers_does_not_know_may_say_no(value, known, tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, rope_interleaved=value)
+    if known:
+        Source(tmp_path)
+    else:
+        with pytest.raises(FamilyError, match="'rope_interleaved' is True"):
+            Source(tmp_path)
+
+
 def test_unknown_family_suggests_the_nearest(tmp_path):
     save_tiny("llama", tmp_path)
     edit_config(tmp_path, model_type="lama")

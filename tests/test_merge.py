@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import save_tiny_model
 
 import polymerge
 from polymerge.calibrate.texts import read_skill
-from polymerge.errors import OutputError
+from polymerge.errors import OutputError, PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.readers import TEST_ROWS, rows_of
 
@@ -126,6 +127,45 @@ def test_dry_run_writes_nothing(folder):
     assert result.out is None
     assert result.report.findings
     assert not (folder / "dry").exists()
+
+
+def test_keys_are_a_recipe_too_and_say_the_same(folder):
+    experts = {
+        name: {"model": str(folder / one["model"]), "text": str(folder / f"{name}.txt")}
+        for name, one in RECIPE["experts"].items()
+    }
+    result = polymerge.merge({**RECIPE, "experts": experts}, folder / "dry", dry_run=True)
+    assert result.parameters == result.report.parameters
+    assert 1.3 < result.parameters / max(result.expert_parameters.values()) <= 1.5
+    with pytest.raises(PreflightError, match="device: 'gpu'; expected auto, cpu or cuda"):
+        polymerge.merge(write(folder), folder / "dry", device="gpu", dry_run=True)
+
+
+def test_one_expert_without_a_size_keeps_its_own(folder):
+    expert = {"prose": {"model": str(folder / "prose"), "text": str(folder / "prose.txt")}}
+    asked = {"method": "fold", "anchor": "prose", "experts": expert, "fold": RECIPE["fold"]}
+    result = polymerge.merge(asked, folder / "dry", dry_run=True)
+    assert result.parameters <= 1.01 * result.expert_parameters["prose"]
+
+
+@pytest.mark.parametrize(
+    ("out", "work", "message"),
+    [
+        ("wo", "wo", "in each other's way"),
+        ("wo", "wo/work", "in each other's way"),
+        ("wk/fold", "wk", "in each other's way"),
+        ("wk/heal/out", "wk", "in each other's way"),
+        ("prose/out", None, "which 'prose' is read from"),
+        (".", None, "the folder that this runs in"),
+    ],
+)
+def test_places_in_each_others_way_are_refused_before_anything_runs(out, work, message, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = Path() if out == "." else folder / out
+    with pytest.raises(OutputError, match=message):
+        polymerge.merge(write(folder), place, work=work and folder / work)
+    assert not (folder / "wo").exists()
+    assert not (folder / "wk").exists()
 
 
 def test_work_folder_saves_the_fold_and_refuses_another(merged, folder):

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from polymerge import plan, preflight
 from polymerge.align.heads import placement
 from polymerge.calibrate.texts import read_skill
 from polymerge.checkpoint import place
-from polymerge.errors import CheckpointError, OutputError, PreflightError, TextError
+from polymerge.errors import CheckpointError, OutputError, PreflightError, RecipeError, TextError
 from polymerge.model.source import Source
 from polymerge.preflight import architecture
 from polymerge.recipe import parse
@@ -64,7 +65,7 @@ def look(texts, tmp_path):
                 "method": "fold",
                 "anchor": "a",
                 "experts": {k: {"model": str(f), "text": files[k]} for k, f in folders.items()},
-                "size": "union",
+                **({} if keys.get("method") else {"size": "union"}),
                 "fold": {"length": 32, "tokens": 640},
                 "dtype": "float32",
                 **keys,
@@ -72,7 +73,7 @@ def look(texts, tmp_path):
         )
         sources = {k: Source(f) for k, f in folders.items()}
         specs, sizes = ({k: getattr(s, n) for k, s in sources.items()} for n in ("spec", "parameters"))
-        shapes = plan.make(recipe, specs, sizes) if recipe.method == "fold" else None
+        shapes = None if recipe.method == "union" else plan.make(recipe, specs, sizes)
         skills = {k: read_skill(k, e.text) for k, e in recipe.experts.items()}
         loaded = {k: AutoTokenizer.from_pretrained(f) for k, f in folders.items()} | (tokenizers or {})
         return preflight.check(recipe, sources, loaded, shapes, out or tmp_path / "out", skills)
@@ -350,6 +351,36 @@ def test_a_union_has_no_architecture_to_explain(look, made):
     report = look(made("llama"), made("gpt2", "gpt2"), method="union")
     assert {f.subject for f in report.findings} == {"tokenizer", "a: union", "b: union", "licence"}
     assert report.parameters == sum(Source(made(n)).parameters for n in ("llama", "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [("union", {"size", "family", "heal"}), ("linear", {"size"}), ("fold", set())]
+)
+def test_keys_that_a_method_does_not_read_are_told(look, made, method, told):
+    keys = {"size": {"params": "1.5x"}, "family": "mistral", "heal": {"tokens": 10_000, "length": 32}}
+    report = look(made("llama"), made("second", seed=1), method=method, **keys)
+    assert {f.subject for f in report.findings if "no effect" in f.text} == told
+
+
+def test_what_a_method_refuses_is_refused_before_the_merge(look, made):
+    llama, gpt2 = made("llama"), made("gpt2", "gpt2")
+    refused(PreflightError, look, "gpt2 is not llama-like", a=llama, b=gpt2, method="linear")
+    look(llama, gpt2, method="transport_and_merge")
+    refused(PreflightError, look, "options.bases: 0 for 2 experts", a=llama, b=llama, method="task_vector_transport")
+    refused(PreflightError, look, "not the base of", a=llama, b=llama, method="task_vector_transport",
+            options={"bases": [str(llama), str(gpt2)]})  # fmt: skip
+    refused(RecipeError, look, "skip_below", a=llama, b=llama, method="union", union={"skip_below": 0.9})
+
+
+def test_space_for_the_work_is_needed_too(look, made, monkeypatch, tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+
+    def usage(path):
+        return shutil._ntuple_diskusage(0, 0, 10**9 if Path(path) in (tmp_path, *tmp_path.parents) else 10**4)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(elsewhere))
+    refused(OutputError, look, f"{elsewhere}: needs", a=made("llama"), b=made("llama"))
 
 
 # ------------------------------------------------------------------------------- texts, files, the output

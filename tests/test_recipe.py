@@ -51,7 +51,7 @@ def test_a_whole_recipe(tmp_path):
 def test_bases_are_relative_to_the_recipe(tmp_path):
     asked = data(method="task_vector_transport", options={"bases": ["base", "/there"], "alpha": 0.5})
     found = parse(asked, folder=tmp_path).options
-    assert found == {"bases": [str(tmp_path / "base"), "/there"], "alpha": 0.5}
+    assert found == {"bases": (str(tmp_path / "base"), "/there"), "alpha": 0.5}
 
 
 def test_absolute_paths_stay(tmp_path):
@@ -139,6 +139,13 @@ def test_union_is_a_size():
         ({"size": {"params": "1.5y"}}, "size.params: '1.5y' is not a count"),
         ({"size": {"params": "x"}}, "size.params: 'x' is not a multiple"),
         ({"size": {"params": "0x"}}, "size.params: '0x': a model needs more than no parameters"),
+        ({"size": {"params": "infx"}}, "size.params: 'infx': a model needs more than no parameters and less than"),
+        ({"size": {"params": "nanx"}}, "size.params: 'nanx': a model needs"),
+        ({"fold": {"tokens": "1e400"}}, "fold.tokens: '1e400' is not a count"),
+        ({"fold": {"ridge": float("inf")}}, "fold.ridge: "),
+        ({"heal": {"batch_rows": [16]}}, "[16] is not a count"),
+        ({"seed": 2**64}, "seed: "),
+        ({"experts": {"Size": {"model": "a", "txt": "t"}}}, "experts.Size.txt: unknown key"),
         ({"size": {"params": -1}}, "size.params: -1 is neither a multiple"),
         ({"size": {"width": 0}}, "size.width: "),
         ({"fold": {"length": 4}}, "fold.length: "),
@@ -167,6 +174,8 @@ def test_refused_with_one_line(changes, message):
         ("- a\n", "found list"),
         ("method: [\n", "not YAML"),
         (TEXT + "seed: 4\n", "key 'seed' is given twice"),
+        ("experts: {a: {model: {{ path }}}}\n", "a key is not a word"),
+        ("[a, b]: 1\n", "a key is not a word"),
         ("method: !!python/object/apply:os.getcwd []\n", "not YAML"),
     ],
 )

@@ -1,6 +1,7 @@
 """The tokenizer that a result speaks: the anchor's, another expert's, or one with all vocabularies."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -188,7 +189,8 @@ def test_a_merge_speaks_the_tokenizer_asked_for(folder, asked, method):
     assert logits.shape[-1] == rows
     assert torch.isfinite(logits).all()
     for row in result.skills.values():
-        assert all(0 < row[c] < 20 for c in ("owner", "union"))
+        assert 0 < row["owner"] < 20
+        assert (row["union"] is None) if method == "union" else 0 < row["union"] < 20
     if method == "fold":
         assert (result.out / "config.json").read_text().count("auto_map") == 0
         assert result.shape["vocab"] == rows
@@ -248,12 +250,18 @@ def test_wordpiece_may_read_and_not_be_spoken(folder, tmp_path):
 def test_a_family_whose_tokenizer_cannot_be_loaded_as_it_is_is_refused(folder, tmp_path):
     """AutoTokenizer reads every qwen2 folder with Qwen2's rule; a qwen2 expert that has this already is told of it."""
     asked = recipe(folder, family="qwen2", tokenizer="union")
-    with pytest.raises(PreflightError, match=r"splits texts of a qwen2 by that family's own rule.*set family: llama"):
+    with pytest.raises(PreflightError, match=r"a qwen2 by the rule of Qwen2Tokenizer.*set family: llama"):
         polymerge.merge(parse(asked), tmp_path / "out", dry_run=True)
     save_tiny_model(tmp_path / "qwen", "qwen2", vocab_size=len(MINE), eos_token_id=0)
     MINE.save_pretrained(tmp_path / "qwen")
     asked = recipe(folder)
     asked["experts"]["prose"]["model"] = str(tmp_path / "qwen")
+    told = {f.subject: f.text for f in polymerge.merge(parse(asked), tmp_path / "out", dry_run=True).report.findings}
+    assert "load it with PreTrainedTokenizerFast" in told["tokenizer: loading"]
+    classed = shutil.copytree(folder / "prose", tmp_path / "classed")
+    described = json.loads((classed / "tokenizer_config.json").read_text())
+    (classed / "tokenizer_config.json").write_text(json.dumps({**described, "tokenizer_class": "Qwen2Tokenizer"}))
+    asked["experts"]["prose"]["model"] = str(classed)
     told = {f.subject: f.text for f in polymerge.merge(parse(asked), tmp_path / "out", dry_run=True).report.findings}
     assert "load it with PreTrainedTokenizerFast" in told["tokenizer: loading"]
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polymerge
-from polymerge.calibrate.files import cut
+from polymerge.calibrate.files import cut, read_sources
 from polymerge.calibrate.packing import token_bytes
 from polymerge.calibrate.texts import PARTS, Skill, adds_bos, first, pack, pairs, read_skill, shared_documents
 from polymerge.errors import TextError
@@ -114,6 +114,25 @@ def test_folder_is_walked_and_only_text_is_taken(tmp_path):
     skill = read_skill("src", [tmp_path / "src"])
     names = [f["name"] for f in skill.split_record()["files"]]
     assert names == ["src/a.py", "src/deep/b.md", "src/deep/c.json", "src/package.json"]
+
+
+def test_in_a_folder_of_code_json_without_records_is_text(tmp_path):
+    contents = {"a.json": "[1, 2, 3]", "b.json": "// a comment\n{}", "c.jsonl": "no JSON", "d.json": "[" * 100_000}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "e.json").write_text(json.dumps([{"text": "a record"}]))
+    found = list(read_sources([tmp_path], "text"))
+    assert [s.records[0] for s in found] == [*contents.values(), "a record"]
+    with pytest.raises(TextError, match="not JSON"):
+        list(read_sources([tmp_path / "d.json"], "text"))
+    (tmp_path / "e.json").write_text(json.dumps([{"txt": "a record"}]))
+    with pytest.raises(TextError, match="no field 'text'"):
+        list(read_sources([tmp_path], "text"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TextError, match="other: none of its 1 files is text"):
+        list(read_sources([other], "text"))
 
 
 def test_little_text_is_cut_finer(tmp_path):

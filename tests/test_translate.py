@@ -191,6 +191,9 @@ def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
     path = folder / "union.yaml"
     path.write_text(yaml.safe_dump(recipe))
     result = polymerge.merge(path, folder / "out-union")
+    assert [row["union"] for row in result.skills.values()] == [None, None]  # what the model loses more is not known
+    assert result.worst_skill is None
+    assert "not measured here" in next(f.text for f in result.report.findings if f.subject == "union")
     model = AutoModelForCausalLM.from_pretrained(result.out, trust_remote_code=True)
     tokens = torch.tensor([BYTES("apple ana")["input_ids"]])
     probabilities = model(input_ids=tokens).logits.softmax(-1)

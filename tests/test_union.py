@@ -309,6 +309,8 @@ def test_foreign_caches_and_wrong_masks_are_refused():
         union(tokens(), torch.ones(3, 4))
     with pytest.raises(ValueError, match="output_hidden_states"):
         union(tokens(), output_hidden_states=True)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        union(inputs_embeds=torch.zeros(1, 2, 8))
 
 
 # ------------------------------------------------------------ skipping

@@ -65,11 +65,15 @@ def exact_match(
     if not questions:
         raise ValueError("no questions to answer")
     lead = [tokenizer.bos_token_id] if bos else []
-    prompts = [lead + tokenizer(q, add_special_tokens=False)["input_ids"] for q, _ in questions]
+    first = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
+    prompts = [lead + tokenizer(q, add_special_tokens=False)["input_ids"] or [first] for q, _ in questions]
     answers = [answer.strip() for _, answer in questions]
     if max_new_tokens is None:
         encoded = tokenizer([answer for _, answer in questions], add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 4
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context is not None:  # of a longer prompt its end
+        prompts = [ids[-max(1, context - max_new_tokens) :] for ids in prompts]
     pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
     # Like lengths together: less padding. The order does not change the share.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -95,17 +99,28 @@ def exact_match(
 def load_for_evaluation(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder. Code in the folder runs only if it is polymerge's own union."""
+    """(model, tokenizer) of a folder. Code in the folder runs only if it is polymerge's own union.
+
+    Raises CheckpointError for one that is damaged, not finite, or lacks weights that transformers would draw at random.
+    """
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(path)
     own = is_own_union(checkpoint)
     if not own:
         checkpoint.check()
+    checkpoint.check_finite()
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, trust_remote_code=own)
-    except (OSError, ValueError, KeyError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, trust_remote_code=own, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it ({str(error).splitlines()[0]})") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors that config.json promises are not there, the first {missing[0]!r}; "
+            "copy the folder again, with all its weight files"
+        )
     return model.to(device).eval(), load_tokenizer(checkpoint.path)
 
 
@@ -135,7 +150,7 @@ def is_own_union(checkpoint: Checkpoint) -> bool:
 
 def evaluate(
     path: str | Path,
-    texts: Mapping[str, Sequence[Path]],
+    texts: Mapping[str, Path | str | Sequence[Path | str]],
     *,
     split: str = "test",
     field: str = "text",
@@ -153,13 +168,15 @@ def evaluate(
     split: "test" measures the tenth that a merge with the same seed never sees, "all" the whole text.
     length: tokens a row, at most the model's context. limit: at most so many rows (and prompts) a text.
     bos: begin rows and prompts with the bos token; by default, if the tokenizer does so by itself.
-    exact_match is None where the text has no prompt/answer records. Texts are read before the model is.
+    texts: files or folders of each. exact_match is None where they have no prompt/answer records. They are read before
+    the model is.
     """
     if split not in ("test", "all"):
         raise ValueError(f"split is {split!r}; expected 'test' or 'all'")
     documents: dict[str, list[str]] = {}
     questions: dict[str, list[tuple[str, str]]] = {}
-    for name, paths in texts.items():
+    for name, given in texts.items():
+        paths = [Path(p) for p in ([given] if isinstance(given, Path | str) else given)]
         skill = read_skill(name, paths, field=field, seed=seed)
         chosen = skill.test + ([] if split == "test" else skill.validation + skill.calibration)
         among = frozenset(chosen)

@@ -29,6 +29,7 @@ from polymerge.calibrate.written import lacking, with_written
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.clock import Clock, peak_bytes
+from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.features import Features
 from polymerge.methods import fold as folding
@@ -47,8 +48,12 @@ from polymerge.readers import (
     readers_of,
     rows_of,
 )
-from polymerge.recipe import Recipe, read
+from polymerge.recipe import Recipe, parse, read
 
+UNMEASURED = (
+    "not measured here: its model finds an expert's next token among the result's piece by piece, which is slow, and "
+    "loses up to some tenths of a bit per byte at the boundaries; `polymerge eval` measures it on texts of your choice"
+)
 TOLD_ROWS = 16
 """Validation rows a skill by which preflight measures what a translation costs."""
 
@@ -83,8 +88,10 @@ class MergeResult:
 
     @property
     def worst_skill(self) -> tuple[str, float] | None:
-        """The skill that lost most against its owner, and how much."""
+        """The skill that lost most against its owner, and how much; None where the result was not measured."""
         last = "healed" if self.heal_curve else "union" if self.method == "union" else "fold"
+        if any(row[last] is None for row in self.skills.values()):
+            return None
         losses = {name: row[last] - row["owner"] for name, row in self.skills.items()}
         return max(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])) if losses else None
 
@@ -104,7 +111,7 @@ class MergeResult:
 
 
 def merge(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
     device: str = "auto",
@@ -115,7 +122,7 @@ def merge(
     """Merge the recipe's experts into the folder `out`.
 
     Args:
-        recipe: a file, or a `Recipe`.
+        recipe: a file, a `Recipe`, or the keys of one.
         out: folder to make.
         device: "auto", "cpu" or "cuda".
         dry_run: stop after preflight; `out` is not made.
@@ -125,9 +132,9 @@ def merge(
     Raises:
         PolymergeError: recipe, source, text, size or output are not fit, with one line that says why.
     """
-    clock, out = Clock(), Path(out)
+    clock, out, work = Clock(), Path(out), None if work is None else Path(work)
     with clock("other"), ExitStack() as stack:
-        job = prepare(recipe, out, device, clock, progress or Quiet(), dry=dry_run)
+        job = prepare(recipe, out, device, clock, progress or Quiet(), work=work, dry=dry_run)
         if dry_run:
             return job.result
         stack.enter_context(threads.fitting(max(s.spec.width for s in job.sources.values())))
@@ -137,7 +144,7 @@ def merge(
             if job.recipe.method == "union":
                 job.write_union(writer)
             else:
-                student = job.build(Path(work) if work is not None else scratch)
+                student = job.build(work or scratch)
                 job.heal(student)
                 job.write(student, writer)
             record.finish(
@@ -147,15 +154,26 @@ def merge(
 
 
 def prepare(
-    recipe: Recipe | Path | str, out: Path, device: str, clock: Clock, progress: Progress, *, dry: bool = False
+    recipe: Recipe | Mapping[str, Any] | Path | str,
+    out: Path,
+    device: str,
+    clock: Clock,
+    progress: Progress,
+    *,
+    work: Path | None = None,
+    dry: bool = False,
 ) -> "Job":
     """Open everything, plan, and check it all: nothing is written yet. Raises PolymergeError."""
+    if isinstance(recipe, Mapping):
+        recipe = parse(dict(recipe))
     recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
+    place = pick_device(device)
+    preflight.check_places(recipe, out, work)
     progress.stage("preflight")
     sources = {}
     for name, expert in recipe.experts.items():
         progress.advance(f"opens {expert.model}", 0)  # of the hub it may have to be fetched
-        sources[name] = Source(expert.model, device=pick_device(device))
+        sources[name] = Source(expert.model, device=place)
     preflight.check_folders(sources, out)
     tokenizers = {k: load_tokenizer(s.path) for k, s in sources.items()}
     sizes = {k: s.parameters for k, s in sources.items()}
@@ -164,13 +182,17 @@ def prepare(
     shapes = None if recipe.method == "union" else planning.make(recipe, specs, sizes, vocab=spoken.vocab)
     skills = {k: _skill(recipe, k, source, tokenizers[k], progress, dry=dry) for k, source in sources.items()}
     foreign = preflight.foreign_experts(spoken, tokenizers, skills)
-    report = preflight.check(recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign)
-    result = MergeResult(None, recipe.method, report, sum(sizes.values()), sizes)
+    report = preflight.check(
+        recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign, work=work
+    )
+    result = MergeResult(None, recipe.method, report, report.parameters or sum(sizes.values()), sizes)
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
     if foreign:
         some = rows_of(skills, "validation", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
         told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
+        if recipe.method == "union":
+            told.append(preflight.Finding("warning", "union", UNMEASURED))
         result.report = replace(report, findings=(*report.findings, *told))
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)
 
@@ -218,6 +240,11 @@ class Job:
         return self.speech.tokenizer
 
     @property
+    def foreign(self) -> bool:
+        """Whether an expert reads other tokens than the result."""
+        return any(isinstance(reader, Foreign) for reader in self.readers.values())
+
+    @property
     def anchor(self) -> Source:
         """The expert whose family the result takes."""
         return self.sources[self.recipe.anchor]
@@ -227,13 +254,15 @@ class Job:
         self.progress.stage("experts", len(self.sources))
         with self.clock("evaluate"):
             self.result.skills = measure_experts(self.readers, self.test, self.recipe.union.alpha, self.progress)
+        if self.recipe.method == "union" and self.foreign:  # its model loses more, at the boundaries of tokens
+            for row in self.result.skills.values():
+                row["union"] = None
 
     def write_union(self, writer: CheckpointWriter) -> None:
         """All experts whole, mixed by the Bayesian gate."""
         experts, dtype = {k: s.checkpoint for k, s in self.sources.items()}, getattr(torch, self.recipe.dtype)
         settings = self.recipe.union.model_dump()
-        several = any(isinstance(reader, Foreign) for reader in self.readers.values())
-        spoken, anchor = self.tokenizers if several else None, self.speech.owner
+        spoken, anchor = self.tokenizers if self.foreign else None, self.speech.owner
         config = union.union_config(experts, anchor=anchor, dtype=dtype, tokenizers=spoken, **settings)
         union.build_union(experts, writer, config, dtype, spoken, anchor)
 
@@ -351,9 +380,9 @@ class Job:
 
 
 def pick_device(name: str) -> str:
-    """Resolve "auto": a CUDA GPU when there is one."""
-    from polymerge.errors import PreflightError
-
+    """Resolve "auto": a CUDA GPU when there is one. Raises PreflightError for what there is not, or is not known."""
+    if name not in ("auto", "cpu") and not name.startswith("cuda"):
+        raise PreflightError(f"device: {name!r}; expected auto, cpu or cuda")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

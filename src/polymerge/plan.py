@@ -74,7 +74,8 @@ def make(
     largest = max(expert_parameters.values())
     budget = size.params.resolve(largest)
     whole = _whole(family, base, experts)
-    if part is not None and parameters(family, whole) <= budget:
+    asked = part is None and "size" in recipe.model_fields_set
+    if not asked and parameters(family, whole) <= budget:
         return Plan(family, (whole,), budget)
     found = [s for w in _widths(size, experts) if (s := _fitted(family, base, experts, w, budget, size))]
     if not found:
@@ -203,8 +204,12 @@ def _fitted(family: Family, base: Spec, experts: Sequence[Spec], width: int, bud
         rest = budget - parameters(family, sized(0, 0))
         return abs(math.log(max(attention, 1) / max(rest, 1) / share))
 
+    if size.mlp:
+        options = [h for h in options if neurons(h) >= size.mlp]
+        if not options:
+            return None
     heads = min(options, key=lambda h: (distance(h), h))
-    mlp = min(size.mlp or neurons(heads), neurons(heads))
+    mlp = size.mlp or neurons(heads)
     if mlp > whole.mlp * 1.5:
         return None
     return sized(heads, mlp)
@@ -221,4 +226,5 @@ def _attention_share(base: Spec, experts: Sequence[Spec]) -> float:
 def _smallest(family: Family, base: Spec, experts: Sequence[Spec], size: Size) -> int:
     group = ratio(experts)
     width = _widths(size, experts)[0]
-    return parameters(family, replace(base, width=width, heads=group, kv_heads=1, mlp=GRID))
+    heads = size.heads or group
+    return parameters(family, replace(base, width=width, heads=heads, kv_heads=heads // group, mlp=size.mlp or GRID))

@@ -14,6 +14,7 @@
 Paths are relative to the recipe's folder. Unknown keys are refused with the nearest known one.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,7 +40,7 @@ def count(value: object) -> object:
     digits, suffix = (text[:-1], text[-1]) if text and text[-1] in "kmb" else (text, "")
     try:
         return round(float(digits) * _SUFFIX[suffix])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a count; write 400k, 1.5M or a number") from None
 
 
@@ -47,7 +48,7 @@ Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Expert(_Strict):
@@ -98,8 +99,8 @@ def budget(value: object) -> object:
             times = float(value.strip()[:-1])
         except ValueError:
             raise ValueError(f"{value!r} is not a multiple; write 1.5x") from None
-        if times <= 0:
-            raise ValueError(f"{value!r}: a model needs more than no parameters")
+        if not 0 < times < math.inf:
+            raise ValueError(f"{value!r}: a model needs more than no parameters and less than infinitely many")
         return Budget(times=times)
     if isinstance(value, Budget):
         return value
@@ -163,8 +164,16 @@ def healing(value: object) -> object:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
     given = {key: v for key, v in value.items() if v is not None}  # a key left empty: its default
-    number: dict[str, Any] = {"tokens": count, "lr": _number, "warmup": _number, "features": _number, "text": _number}
+    number: dict[str, Any] = dict.fromkeys(("tokens", "batch_rows", "length", "evaluate_every"), _whole)
+    number |= dict.fromkeys(("lr", "warmup", "features", "text"), _number)
     return Heal(**{key: number[key](v) if key in number else v for key, v in given.items()})
+
+
+def _whole(value: object) -> int:
+    found = count(value)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise ValueError(f"{value!r} is not a count; write 400k, 1.5M or a number")  # noqa: TRY004  pydantic's
+    return found
 
 
 def _number(value: object) -> float:
@@ -191,7 +200,7 @@ class Recipe(_Strict):
     union: Union = Union()
     options: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
 
     @field_validator("fold", mode="before")
     @classmethod
@@ -268,9 +277,9 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
         name: e.model_copy(update={"model": _place(base, e.model), "text": [base / t for t in e.text]})
         for name, e in recipe.experts.items()
     }
-    options = dict(recipe.options)
-    if isinstance(options.get("bases"), list):
-        options["bases"] = [str(_place(base, Path(str(b)))) for b in options["bases"]]
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.options.items()}
+    if isinstance(options.get("bases"), tuple):
+        options["bases"] = tuple(str(_place(base, Path(str(b)))) for b in options["bases"])
     return recipe.model_copy(update={"experts": experts, "options": options})
 
 
@@ -282,7 +291,9 @@ def _place(base: Path, model: Path) -> Path:
 def _first(error: ValidationError) -> str:
     """The first complaint of pydantic as one line in the recipe's own words."""
     problem = error.errors()[0]
-    where = [str(p) for p in problem["loc"] if not str(p).startswith(("function-", "literal[")) and p != "Size"]
+    where = [str(p) for p in problem["loc"] if not str(p).startswith(("function-", "literal["))]
+    if where[:2] == ["size", "Size"]:  # which of the kinds that `size` may be
+        del where[1]
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
         near = closest(where[-1], _known(where[:-1]))
@@ -309,6 +320,8 @@ class _NoRepeats(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)

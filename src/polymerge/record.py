@@ -149,13 +149,15 @@ def _describe(recipe: Recipe, result: "MergeResult") -> str:
     experts = len(recipe.experts)
     if recipe.method == "union":
         return (
-            f"All {experts} experts whole, mixed per token by a Bayesian gate. Load with `trust_remote_code=True`; "
-            "the code is in this folder."
+            f"All {experts} experts whole, mixed per token by a Bayesian gate. Load model and tokenizer with "
+            "`trust_remote_code=True`; the code is in this folder."
         )
     healed = (
         f", then distilled on {recipe.heal.tokens:,} tokens" if recipe.heal else ", without any end-to-end training"
     )
+    many = "One language model" if experts == 1 else f"{experts} language models"
+    how = f"averaged by {recipe.method}" if recipe.method != "fold" else "folded in closed form, layer by layer,"
     return (
-        f"{experts} language models of different architecture folded into one {result.shape['family']} decoder in "
-        f"closed form, layer by layer{healed}. A stock transformers checkpoint: no remote code."
+        f"{many} {how} into one {result.shape['family']} decoder{healed}. "
+        "A stock transformers checkpoint: no remote code."
     )

@@ -39,10 +39,16 @@ def read_sources(paths: Sequence[Path], field: str) -> Iterator[Source]:
     if not paths:
         raise TextError("no text files given; expected at least one file or folder")
     for path in paths:
-        for file in _walk(path):
+        files, found = _walk(path), 0
+        for file in files:
             source = _read(file, _label(path, file), field, named=file == path)
             if source is not None:
+                found += 1
                 yield source
+        if not found:
+            raise TextError(
+                f"{path}: none of its {len(files)} files is text (UTF-8, not empty); expected text files in it"
+            )
 
 
 def cut(text: str, block: int) -> Iterator[str]:
@@ -102,12 +108,15 @@ def _read(file: Path, label: str, field: str, *, named: bool) -> Source | None:
         raise TextError(f"{file}: is empty; expected text")
     if "\0" in text and not named:
         return None
-    # In a folder of code a .json file that is no list of records (package.json) is text like the others.
-    plain_json = file.suffix == ".json" and not named and not text.lstrip().startswith("[")
-    if file.suffix not in (".json", ".jsonl") or plain_json:
-        text = text.replace("\r\n", "\n")
-        return Source(label, data, (text,), whole=False)
-    items = list(_items(file, text))
+    plain = Source(label, data, (text.replace("\r\n", "\n"),), whole=False)
+    if file.suffix not in (".json", ".jsonl"):
+        return plain
+    try:
+        items = list(_items(file, text))
+    except TextError:
+        if named:
+            raise
+        return plain  # in a folder of code (package.json) a text like the others
     records = [_document(where, item, field) for where, item in items]
     pairs = [pair for _, item in items if (pair := _pair(item)) is not None]
     return Source(label, data, tuple(r for r in records if r.strip()), whole=True, pairs=tuple(pairs))
@@ -133,7 +142,7 @@ def _items(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _json(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextError(f"{where}: not JSON ({error})") from error
 
 

@@ -24,6 +24,7 @@ from polymerge.errors import CheckpointError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+UNION = "polymerge_union"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -131,6 +132,10 @@ class Checkpoint:
     def check(self) -> None:
         """Validate the folder without reading weights; raises CheckpointError with the first defect found."""
         if self.config.get("auto_map") and any(self.path.glob("*.py")):
+            if self.config.get("model_type") == UNION:
+                raise CheckpointError(
+                    f"{self.path}: a union that polymerge made; name the experts that it holds instead"
+                )
             raise CheckpointError(
                 f"{self.path / CONFIG}: has `auto_map`, so the model runs Python code of its own, which is"
                 f" not run here; use a checkpoint of a stock class or, if the weights fit one, copy the folder"

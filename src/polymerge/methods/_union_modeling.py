@@ -200,7 +200,7 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         refused = [
             k
             for k in ("inputs_embeds", "output_hidden_states", "output_attentions")
-            if kwargs.get(k) not in (None, False)
+            if kwargs.get(k) is not None and kwargs[k] is not False
         ]
         if input_ids is None or refused:
             raise ValueError(f"union: needs input_ids and cannot take {refused}; ask a member of model.experts")

@@ -51,18 +51,9 @@ class Method:
     def merge(
         self, experts: Sequence[Source], anchor: int, target: Spec, texts: Calibration, emit: Emit, seed: int
     ) -> None:
-        """Emit the target's weights. Raises PreflightError without bases, or where a donor's does not fit."""
+        """Emit the target's weights. Raises PreflightError as `check` does."""
         del seed
-        if len(self.bases) != len(experts):
-            raise PreflightError(
-                f"options.bases: {len(self.bases)} for {len(experts)} experts; name the model that each was tuned from"
-            )
-        bases = [Source(Path(b), device=e.device, dtype=e.dtype) for b, e in zip(self.bases, experts, strict=True)]
-        for base, expert in zip(bases, experts, strict=True):
-            if replace(base.spec, max_positions=0) != replace(expert.spec, max_positions=0):
-                raise PreflightError(f"{base.path}: not the base of {expert.path}: their architectures differ")
-        lifted, own = (Lifted(x[anchor], target, absorb=False) for x in (experts, bases))
-        hold(lifted, target)
+        lifted, own, bases = self.check(experts, anchor, target)
         batches = rows_of_all(texts, self.rows).split(self.batch)
         gifts = [_carried(own, bases[k], expert, batches) for k, expert in enumerate(experts) if k != anchor]
 
@@ -73,6 +64,23 @@ class Method:
 
         added = Changed(lifted, add)
         emit_average([added], Alignment([padded(added, target)], [{}] * target.layers), [1.0], target, emit)
+
+    def check(self, experts: Sequence[Source], anchor: int, target: Spec) -> tuple[Lifted, Lifted, list[Source]]:
+        """The anchor and its base in the target's layout, and all bases.
+
+        Raises PreflightError without bases, or where one does not fit its expert.
+        """
+        if len(self.bases) != len(experts):
+            raise PreflightError(
+                f"options.bases: {len(self.bases)} for {len(experts)} experts; name the model that each was tuned from"
+            )
+        bases = [Source(Path(b), device=e.device, dtype=e.dtype) for b, e in zip(self.bases, experts, strict=True)]
+        for base, expert in zip(bases, experts, strict=True):
+            if replace(base.spec, max_positions=0) != replace(expert.spec, max_positions=0):
+                raise PreflightError(f"{base.path}: not the base of {expert.path}: their architectures differ")
+        lifted, own = (Lifted(x[anchor], target, absorb=False) for x in (experts, bases))
+        hold(lifted, target)
+        return lifted, own, bases
 
 
 @torch.no_grad()

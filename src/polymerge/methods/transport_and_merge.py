@@ -51,20 +51,25 @@ class Method:
     rows: int = 64
     batch: int = 16
 
+    def check(self, experts: Sequence[Source], anchor: int, target: Spec) -> Lifted:
+        """The anchor in the target's layout. Raises PreflightError where it does not fit, or vocabularies differ."""
+        lifted = Lifted(experts[anchor], target, absorb=False)
+        hold(lifted, target)
+        for expert in experts:
+            if expert.spec.vocab != target.vocab:
+                raise PreflightError(
+                    f"{expert.path}: {expert.spec.vocab} tokens, the anchor {target.vocab}: units are correlated on the"
+                    " same tokens; merge experts that share a tokenizer"
+                )
+        return lifted
+
     def merge(
         self, experts: Sequence[Source], anchor: int, target: Spec, texts: Calibration, emit: Emit, seed: int
     ) -> None:
-        """Emit the target's weights. Raises PreflightError where the target does not hold the anchor."""
+        """Emit the target's weights. Raises PreflightError as `check` does."""
         del seed
-        lifted = Lifted(experts[anchor], target, absorb=False)
-        hold(lifted, target)
+        lifted = self.check(experts, anchor, target)
         donors = [e for k, e in enumerate(experts) if k != anchor]
-        for donor in donors:
-            if donor.spec.vocab != target.vocab:
-                raise PreflightError(
-                    f"{donor.path}: {donor.spec.vocab} tokens, the anchor {target.vocab}: units are correlated on the"
-                    " same tokens; merge experts that share a tokenizer"
-                )
         batches = rows_of_all(texts, self.rows).split(self.batch)
         gifts = [self.received(lifted, donor, batches) for donor in donors]
 

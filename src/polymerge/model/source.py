@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from polymerge import families
 from polymerge.checkpoint.reader import Checkpoint
@@ -124,6 +125,11 @@ class Source:
                 raise FamilyError(
                     f"{folder}: tensor {name!r} has shape {shape}; config.json says {wanted} ({row.axes})"
                 )
+            if not (dtype := self.checkpoint.dtype(name)).is_floating_point:
+                raise FamilyError(
+                    f"{folder}: tensor {name!r} is stored as {dtype}; expected floating point: merge the model from "
+                    "before it was quantised"
+                )
 
 
 def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
@@ -135,15 +141,26 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
     try:
         family = families.get(str(raw.pop("model_type", None)))
         config = AutoConfig.for_model(family.model_type, **raw)
-        told = {key: getattr(config, key) for key in config.to_diff_dict()}
+        declared = type(config)().to_dict()
+        told = {
+            key: value
+            for key in config.to_diff_dict()
+            if (value := getattr(config, key)) not in (None, False) or key in declared  # `use_mrope: false`
+        }
         if (part := rope.partial(config)) != 1.0:  # transformers moves it into `rope_parameters`
             told["partial_rotary_factor"] = part
         _refuse({key: told[key] for key in sorted(set(told) - family.claimed - HARMLESS)}, config.model_type)
-        return family, config, family.read(config)
+        return family, config, _known_activation(family.read(config))
     except FamilyError as error:
         raise FamilyError(f"{where.parent}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise FamilyError(f"{where}: transformers refuses it: {error}") from error
+
+
+def _known_activation(spec: Spec) -> Spec:
+    if spec.activation not in ACT2FN:
+        raise FamilyError(f"config.json: the activation {spec.activation!r} is none that transformers knows")
+    return spec
 
 
 def _refuse(unknown: Mapping[str, Any], model_type: str) -> None:

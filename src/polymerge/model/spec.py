@@ -171,9 +171,10 @@ class Family:
 
 HARMLESS = frozenset({
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
-    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
+    "max_sequence_length", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 })  # fmt: skip
 """Config keys that never change the logits of a causal language model at inference."""
 

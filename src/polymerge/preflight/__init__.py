@@ -6,6 +6,7 @@ finite, disk space. Cheap checks come first; the weights are read (once, a tenso
 """
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import permutations
 from pathlib import Path
@@ -21,6 +22,7 @@ from polymerge.model import rope
 from polymerge.model.source import Source
 from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
+from polymerge.preflight.asked import check_method, check_places, without_effect
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
 from polymerge.preflight.translation import translation_findings
@@ -28,7 +30,16 @@ from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vo
 from polymerge.readers import HELD_OUT_ROWS, TEST_ROWS
 from polymerge.recipe import Recipe
 
-__all__ = ["Finding", "Level", "Report", "check", "check_folders", "foreign_experts", "translation_findings"]
+__all__ = [
+    "Finding",
+    "Level",
+    "Report",
+    "check",
+    "check_folders",
+    "check_places",
+    "foreign_experts",
+    "translation_findings",
+]
 
 VOCABULARY_FILES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json"})
 
@@ -43,6 +54,7 @@ def check(
     *,
     speech: Speech | None = None,
     foreign: Mapping[str, str] | None = None,
+    work: Path | None = None,
 ) -> Report:
     """The report on a merge, or the first reason why it cannot be done.
 
@@ -55,6 +67,7 @@ def check(
         texts: the experts' skills.
         speech: the result's tokenizer; default as the recipe says.
         foreign: experts with another one, each with the first difference; by default they are looked for.
+        work: where the state is kept meanwhile; default the system's folder for temporary files.
 
     Raises:
         OutputError: `out` exists, cannot be written, or has too little space.
@@ -80,9 +93,9 @@ def check(
     else:
         _check_rows(speech, {name: source for name, source in sources.items() if name not in foreign})
         findings += fold_findings(specs, recipe.anchor, plan) if recipe.method == "fold" else _rival(recipe)
-        own = not speech.union and specs[speech.owner].family == plan.family.model_type
-        findings += loading_findings(plan.family.model_type, own, speech, texts)
-    findings += [*_lean(recipe), *_dtypes(recipe, sources), *_codes(sources)]
+        findings += loading_findings(plan.family.model_type, sources[speech.owner], speech, texts)
+    check_method(recipe, sources, tokenizers if foreign else {}, plan, speech.owner)
+    findings += [*without_effect(recipe), *_lean(recipe), *_dtypes(recipe, sources), *_codes(sources)]
     findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
@@ -90,6 +103,7 @@ def check(
     cost = estimate(recipe, sources, plan, _rows(recipe, speech.tokenizer, texts))
     if out is not None:
         require_space(out, cost.disk_bytes)
+        require_space(work or Path(tempfile.gettempdir()), cost.work_bytes)
     kinds = {name: _describe(source) for name, source in sources.items()}
     return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.stages, kinds)
 
@@ -181,7 +195,7 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
             try:
                 pack(tokenizer, getattr(skill, part), longest, limit=1, bos=bos)
             except TextError as error:
-                raise TextError(f"text of {name!r}, {part} part: {error}") from None
+                raise TextError(f"text of {name!r}, {part} part: {error}, or set fold.length") from None
         if skill.written:
             yield _written(name, skill)
         found = len(pack(tokenizer, skill.calibration, length, limit=wanted, bos=bos).tokens)

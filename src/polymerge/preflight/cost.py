@@ -47,11 +47,15 @@ takes: two on two cores, one of them busy, reached 16 GFLOP/s by 512 rows and 66
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: of the result, at most; bytes; stages: seconds of each, named as a merge's record names them."""
+    """parameters: of the result, at most; bytes; stages: seconds of each, named as a merge's record names them.
+
+    `work_bytes`: of the fold in float32 and of healing's state, which lie on disk until the merge is done.
+    """
 
     parameters: int
     memory_bytes: int
     disk_bytes: int
+    work_bytes: int
     stages: dict[str, float]
 
 
@@ -71,7 +75,7 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, r
     scoring = 4 * (measured * max(s.width for s in specs) + 3 * BATCH * length * vocab + 2 * vocab * widths)
     if plan is None:
         stages = {"evaluate": 2.0 * measured * experts / rate}
-        return Cost(experts, LIBRARIES + scoring, experts * each + beside, stages)
+        return Cost(experts, LIBRARIES + scoring, experts * each + beside, 0, stages)
     target = max(plan.shapes, key=lambda s: count(plan.family, s))
     size = count(plan.family, target)
     read = (rows["calibration"] + rows["validation"]) * length
@@ -87,9 +91,10 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, r
         recipe.heal.batch_rows * recipe.heal.length * vocab if recipe.heal else 0
     )
     memory = LIBRARIES + max(folding, scoring, healing if recipe.heal else 0)
-    work = _work(recipe, sources, plan, size, read) | {"evaluate": 2.0 * measured * (experts + 2 * size)}
-    stages = {stage: operations / rate for stage, operations in work.items() if operations}
-    return Cost(size, memory, size * each + beside, stages)
+    spent = _work(recipe, sources, plan, size, read) | {"evaluate": 2.0 * measured * (experts + 2 * size)}
+    stages = {stage: operations / rate for stage, operations in spent.items() if operations}
+    work = (4 + 16 * (recipe.heal is not None)) * size
+    return Cost(size, memory, size * each + beside, work, stages)
 
 
 def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> dict[str, float]:

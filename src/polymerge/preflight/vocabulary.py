@@ -6,6 +6,7 @@ and a sample of the recipe's own texts, and the ids decide.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -19,6 +20,7 @@ from polymerge.align.vocab import shared
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Skill, adds_bos
 from polymerge.errors import PreflightError
+from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.preflight.report import Finding
 
@@ -87,23 +89,35 @@ def vocabulary_findings(
     return out
 
 
-def loading_findings(family: str, own: bool, speech: Speech, skills: Mapping[str, Skill]) -> Iterator[Finding]:
-    """Whether AutoTokenizer will cut texts as the result's tokenizer does.
+def loading_findings(family: str, owner: Source, speech: Speech, skills: Mapping[str, Skill]) -> Iterator[Finding]:
+    """Whether AutoTokenizer will cut texts as the result's tokenizer does; `owner`: the expert that this is of.
 
-    For some model types (transformers 5: qwen2) it splits texts by that type's own rule, whatever tokenizer.json says.
-    Raises PreflightError for that, or only tells it where the expert that the tokenizer is of has it already (`own`).
+    For some model types and classes (transformers 5: qwen2) it splits texts by their own rule, whatever tokenizer.json
+    says. Raises PreflightError for that, or only tells it where the owner has it already.
     """
     from transformers import AutoTokenizer
 
+    texts = [PROBE, *(d[:LETTERS] for skill in skills.values() for d in skill.calibration[:SAMPLES])]
+
+    def cuts_alike(loaded: Any) -> bool:
+        return all(_ids(loaded, text) == _ids(speech.tokenizer, text) for text in texts)
+
     with tempfile.TemporaryDirectory(prefix="polymerge-") as place:
-        speech.tokenizer.save_pretrained(place)
+        if speech.union:
+            speech.tokenizer.save_pretrained(place)
+        for file in () if speech.union else owner.checkpoint.tokenizer_files():
+            shutil.copy(file, place)
         (Path(place) / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
         loaded = AutoTokenizer.from_pretrained(place)
-    texts = [PROBE, *(d[:LETTERS] for skill in skills.values() for d in skill.calibration[:SAMPLES])]
-    if all(_ids(loaded, text) == _ids(speech.tokenizer, text) for text in texts):
+    if len(loaded) > speech.vocab:
+        text = f"AutoTokenizer adds tokens of its own: {len(loaded):,}, the embedding has {speech.vocab:,} rows"
+        yield Finding("warning", "tokenizer: loading", f"{text}; load it with PreTrainedTokenizerFast")
+    if cuts_alike(loaded):
         return
-    problem = f"AutoTokenizer splits texts of a {family} by that family's own rule, not as {speech.name} does"
-    if not own:
+    problem = (
+        f"AutoTokenizer splits texts of a {family} by the rule of {type(loaded).__name__}, not as {speech.name} does"
+    )
+    if speech.union or cuts_alike(AutoTokenizer.from_pretrained(owner.path)):
         raise PreflightError(f"family: {problem}, so it would feed the result wrong tokens; set family: llama")
     yield Finding("warning", "tokenizer: loading", f"{problem}; load it with PreTrainedTokenizerFast")
 

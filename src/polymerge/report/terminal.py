@@ -56,12 +56,9 @@ def merged(summary: Mapping[str, Any], out: str | None) -> RenderableType:
             Text.assemble("written to ", (out, "bold")),
             "",
             Text("from transformers import AutoModelForCausalLM, AutoTokenizer", style="cyan"),
-            Text(
-                f'model = AutoModelForCausalLM.from_pretrained("{out}"{remote}); '
-                f'tokenizer = AutoTokenizer.from_pretrained("{out}")',
-                style="cyan",
-                no_wrap=True,
-                overflow="ignore",
+            *(
+                Text(f'{name} = {kind}.from_pretrained("{out}"{remote})', style="cyan", no_wrap=True, overflow="ignore")
+                for name, kind in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))
             ),
         ]
     return Group(*lines)
@@ -129,7 +126,7 @@ def show(item: RenderableType, *, console: Console | None = None) -> None:
     target = console or Console()
     if not target.is_terminal:
         target.width = max(target.width, 160)
-    target.print(item, highlight=False, soft_wrap=False)
+    target.print(item, highlight=False, soft_wrap=False, crop=False)  # a path is copied whole
 
 
 def bits(value: float | None, form: str = ".3f") -> str:

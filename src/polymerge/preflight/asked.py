@@ -1,0 +1,71 @@
+"""What is asked for, and where: folders in each other's way, keys without effect, what a method itself refuses."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from polymerge import methods
+from polymerge.checkpoint import hub
+from polymerge.errors import OutputError
+from polymerge.methods import union
+from polymerge.methods._lift import lift
+from polymerge.model.source import Source
+from polymerge.plan import Plan
+from polymerge.preflight.report import Finding
+from polymerge.recipe import Recipe
+
+
+def check_places(recipe: Recipe, out: Path, work: Path | None) -> None:
+    """Raise OutputError where the result would be written into what is read, or in the way of the work."""
+    place = _real(out)
+    if place == _real(Path()):
+        raise OutputError(f"{out}: is the folder that this runs in, and the result takes its place; choose another")
+    for name, expert in recipe.experts.items():
+        for read in (*([] if hub.named(expert.model) else [expert.model]), *expert.text):
+            if read.is_dir() and _real(read) in place.parents:
+                raise OutputError(f"{out}: lies in {read}, which {name!r} is read from; choose another folder")
+    if work is None:
+        return
+    mine = _real(work)
+    if (
+        place == mine
+        or place in mine.parents
+        or any(mine / part in (place, *place.parents) for part in ("fold", "heal"))
+    ):
+        raise OutputError(
+            f"{work}: the work and the result ({out}) would be in each other's way; choose another --work"
+        )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def without_effect(recipe: Recipe) -> Iterator[Finding]:
+    """Keys that were given and that the method does not read."""
+    if recipe.method == "fold":
+        return
+    unused = ("size", "family", "heal") if recipe.method == "union" else ("size",)
+    why = (
+        "keeps the experts whole" if recipe.method == "union" else "merges into the least shape that holds each expert"
+    )
+    for key in unused:
+        if key in recipe.model_fields_set and getattr(recipe, key) is not None:
+            yield Finding("warning", key, f"has no effect: {recipe.method} {why}")
+
+
+def check_method(
+    recipe: Recipe, sources: Mapping[str, Source], tokenizers: Mapping[str, Any], plan: Plan | None, anchor: str
+) -> None:
+    """What a union, or a method of others, refuses by itself. Raises PolymergeError as the merge would."""
+    if recipe.method == "union":
+        checkpoints = {name: source.checkpoint for name, source in sources.items()}
+        union.union_config(checkpoints, anchor=anchor, tokenizers=tokenizers or None, **recipe.union.model_dump())
+    elif recipe.method != "fold" and plan is not None:
+        rival = methods.rival(recipe.method)(**recipe.options)
+        experts, (target,) = list(sources.values()), plan.shapes
+        if hasattr(rival, "check"):
+            rival.check(experts, list(sources).index(recipe.anchor), target)
+        else:
+            lift(experts, target)
