@@ -52,7 +52,7 @@ from polymerge.recipe import Recipe, parse, read
 
 UNMEASURED = (
     "not measured here: its model finds an expert's next token among the result's piece by piece, which is slow, and "
-    "loses up to some tenths of a bit per byte at the boundaries; `polymerge eval` measures it on texts of your choice"
+    "loses some tenths of a bit per byte at the boundaries; `polymerge eval` measures it on texts of your choice"
 )
 TOLD_ROWS = 16
 """Validation rows a skill by which preflight measures what a translation costs."""
