@@ -42,6 +42,27 @@ def test_an_expert_writes_what_it_expects(parrot):
     assert all(text in "bca" * 99 for text in free)
 
 
+@pytest.mark.parametrize("texts", [(), ("a text that it goes on from, again and again",)])
+def test_what_it_goes_on_from_begins_as_its_texts_do(texts, parrot, monkeypatch):
+    from tokenizers import processors
+    from transformers import GenerationMixin
+
+    tokenizer, begun, generate = byte_tokenizer(), [], GenerationMixin.generate
+    tokenizer.bos_token = "!"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("! $0", special_tokens=[("!", bos)])
+
+    def generating(self, inputs, **more):
+        begun.append(inputs)
+        return generate(self, inputs, **more)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generating)
+    written(parrot, tokenizer, 5000, texts=texts)
+    assert len(begun) > 1
+    assert all(bool((rows[:, 0] == bos).all()) for rows in begun)
+    assert max(rows.shape[1] for rows in begun) > 1
+
+
 @pytest.mark.parametrize("positions", [8, PROMPT])
 def test_an_expert_with_few_positions_goes_on_from_fewer_tokens(positions, tmp_path):
     source = Source(save_tiny_model(tmp_path, max_position_embeddings=positions))

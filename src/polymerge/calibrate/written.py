@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from polymerge.calibrate.texts import Skill, skill_of
+from polymerge.calibrate.texts import Skill, adds_bos, skill_of
 from polymerge.errors import TextError
 from polymerge.model.source import Source
 
@@ -67,7 +67,7 @@ def written(expert: Source, tokenizer: Any, tokens: int, *, seed: int = 0, texts
         torch.manual_seed(seed)
         while sum(found.values()) < tokens and fruitless < FRUITLESS:
             begun = _windows(joined, settings, generator) if texts else _ends(rows, tokenizer, settings, generator)
-            begun = begun.to(expert.device)
+            begun = _led(begun, tokenizer).to(expert.device)
             rows = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=settings).cpu()
             before = len(found)
             for row in rows.tolist():
@@ -84,6 +84,13 @@ def _windows(joined: Int64[Tensor, " token"], settings: Any, generator: torch.Ge
     """Tokens from anywhere in the texts, which are put one behind the other."""
     starts = torch.randint(max(1, len(joined) - PROMPT), (BATCH,), generator=generator)
     return joined[starts[:, None] + torch.arange(min(_prompt(settings), len(joined)))]
+
+
+def _led(begun: Int64[Tensor, "draw begun"], tokenizer: Any) -> Int64[Tensor, "draw led"]:
+    """With the token that begins every text, where the tokenizer has one: an expert may be lost without it."""
+    if not adds_bos(tokenizer) or bool((begun[:, 0] == tokenizer.bos_token_id).all()):
+        return begun
+    return torch.cat([torch.full_like(begun[:, :1], tokenizer.bos_token_id), begun], dim=1)
 
 
 def _prompt(settings: Any) -> int:
