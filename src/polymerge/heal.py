@@ -40,7 +40,7 @@ class Heal:
 
     Attributes:
         tokens: read in training, over all skills; more than the text has means further passes over it. The default
-            costs about what a whole fold does.
+            costs about what a whole fold with 240 steps of refinement does.
         lr: peak learning rate; by default 1e-3 at 400 k tokens and as the root of their number: the first steps undo
             some of a good start, and the longer the run, the more of that is won back. A start more than 0.2 bits per
             byte behind has the less to lose: in proportion more. 4e-3 at most.

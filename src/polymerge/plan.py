@@ -2,7 +2,7 @@
 
 Layers, head size and KV-group ratio follow from the experts; a parameter budget leaves the width of the
 residual stream free, and with it how much is left for heads and neurons. `shapes` lists the candidates; which one keeps
-most skill is measured on calibration text (`methods/fold.py`).
+most skill is measured on validation text (`methods/fold.py`).
 """
 
 import math

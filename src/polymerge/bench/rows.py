@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         suite: modular or text.
-        profile: quick or full.
+        profile: quick, medium, full or large.
         case: name of the case; its protocol, tasks and experts are in `setting`.
         seed: of the experts, their data split and the method.
         method: a method's name.
