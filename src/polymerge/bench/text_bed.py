@@ -134,7 +134,7 @@ class TextBed:
         return self._distilled_anchor()
 
     def anchor_distill_more(self) -> Outcome:
-        """The operations of fold and healing in one run, at the highest rate: short runs nearly always chose that one."""
+        """The operations of fold and healing in one run, at the rate that short runs nearly always chose."""
         tokens = self._tokens(self._target(), self._spent())
         return self._distilled_anchor(tokens=tokens, rates=(max(self.detail.lrs),))
 
