@@ -428,6 +428,10 @@ def test_a_run_fills_every_cell_and_a_second_one_repeats_none(tiny, monkeypatch)
     read = {t: 3 * len(SMALL.split(t, 0, 0.8).train) for t in healed.scores}
     teachers = [2 * healed.expert_parameters[p.name] * read[p.task] for p in (PLUS, MINUS)]
     assert healed.flops == fold.flops + 6 * healed.parameters * healed.tokens + sum(teachers)
+    every = 2 * sum(healed.expert_parameters.values()) * sum(read.values())  # experts whose predictions are fused
+    for method, reads in (("anchor_distill", sum(teachers)), ("fuse_distill", every)):
+        found = next(r for r in rows if r.method == method)
+        assert found.flops == 6 * found.parameters * found.tokens + reads
     for name in ("anchor_distill_more", "fold_heal_more"):
         [more] = [r for r in rows if r.method == name]
         assert more.flops == pytest.approx(healed.flops, rel=0.2)  # whole steps, another shape

@@ -66,14 +66,15 @@ def exact_match(
         raise ValueError("no questions to answer")
     lead = [tokenizer.bos_token_id] if bos else []
     first = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None), 0)
-    prompts = [lead + tokenizer(q, add_special_tokens=False)["input_ids"] or [first] for q, _ in questions]
+    prompts = [tokenizer(q, add_special_tokens=False)["input_ids"] for q, _ in questions]
     answers = [answer.strip() for _, answer in questions]
     if max_new_tokens is None:
         encoded = tokenizer([answer for _, answer in questions], add_special_tokens=False)["input_ids"]
         max_new_tokens = max(map(len, encoded)) + 4
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context is not None:  # of a longer prompt its end
-        prompts = [ids[-max(1, context - max_new_tokens) :] for ids in prompts]
+        prompts = [ids[-max(1, context - max_new_tokens - len(lead)) :] for ids in prompts]
+    prompts = [lead + ids or [first] for ids in prompts]
     pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
     # Like lengths together: less padding. The order does not change the share.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -187,7 +187,7 @@ class ModularBed:
             logits = torch.stack([_answers(e, split.train, self.device) for e in self.experts])
             goal = fused(logits.log_softmax(-1)[:, :, None], split.train[:, 3:].clone())
             lessons[task] = Lesson(split.train, goal[:, 0])
-        return self._distilled_anchor(lessons)
+        return self._distilled_anchor(lessons, fused=True)
 
     def scratch_distill(self) -> Outcome:
         """Random weights in the fold's shape."""
@@ -274,14 +274,16 @@ class ModularBed:
         scores = tokens.mixture_accuracy(self.experts, tests, weights)
         return Outcome(scores, sum(self.expert_parameters.values()), notes=notes)
 
-    def _distilled_anchor(self, lessons: Mapping[str, Lesson], steps: int | None = None) -> Outcome:
+    def _distilled_anchor(
+        self, lessons: Mapping[str, Lesson], steps: int | None = None, *, fused: bool = False
+    ) -> Outcome:
         """The padded anchor, distilled."""
 
         def padded(target: Spec) -> Weights:
             return gathered(pad(self.experts[0], target, torch.Generator().manual_seed(self.seed)))
 
         target, weights, note = fitting(padded, self._target(), [self.experts[0].spec], self.family)
-        outcome = self._distilled(target, weights, lessons=lessons, steps=steps)
+        outcome = self._distilled(target, weights, lessons=lessons, steps=steps, fused=fused)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note)))
         return outcome
 
@@ -292,6 +294,8 @@ class ModularBed:
         reused: tuple[float, float] = (0.0, 0.0),
         lessons: Mapping[str, Lesson] | None = None,
         steps: int | None = None,
+        *,
+        fused: bool = False,
     ) -> Outcome:
         """Distil from the owners and measure; the controls are given the fold's shape for nothing."""
         settings = self.settings.distil
@@ -306,7 +310,7 @@ class ModularBed:
         })  # fmt: skip
         outcome.steps, outcome.tokens = settings.steps, settings.steps * settings.batch * 3
         size = plan.parameters(self.family, target)
-        outcome.flops = self._training(size, settings.steps, fused=lessons is not None)
+        outcome.flops = self._training(size, settings.steps, fused=fused)
         outcome.notes = f"learning rate {done.lr:g} of {len(settings.lrs)} tried, best state at step {done.best_step}"
         return outcome
 

@@ -16,6 +16,8 @@ from polymerge._suggest import closest
 from polymerge.errors import TextError
 
 BLOCK = 2000  # characters
+RECORDS = {".json": re.compile(r"\s*\[\s*\{"), ".jsonl": re.compile(r"\s*\{")}
+"""How a file of records begins, by its ending."""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
@@ -108,15 +110,10 @@ def _read(file: Path, label: str, field: str, *, named: bool) -> Source | None:
         raise TextError(f"{file}: is empty; expected text")
     if "\0" in text and not named:
         return None
-    plain = Source(label, data, (text.replace("\r\n", "\n"),), whole=False)
-    if file.suffix not in (".json", ".jsonl"):
-        return plain
-    try:
-        items = list(_items(file, text))
-    except TextError:
-        if named:
-            raise
-        return plain  # in a folder of code (package.json) a text like the others
+    # In a folder of code a .json file that does not begin as records do (package.json) is text like the others.
+    if file.suffix not in RECORDS or not (named or RECORDS[file.suffix].match(text)):
+        return Source(label, data, (text.replace("\r\n", "\n"),), whole=False)
+    items = list(_items(file, text))
     records = [_document(where, item, field) for where, item in items]
     pairs = [pair for _, item in items if (pair := _pair(item)) is not None]
     return Source(label, data, tuple(r for r in records if r.strip()), whole=True, pairs=tuple(pairs))
