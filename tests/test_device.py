@@ -117,7 +117,7 @@ def merge(folder, families, merges, size, *, roomy=False, tokenizer=None):
         MERGE,
         recipe={"anchor": "prose", "experts": experts, "size": size, "fold": fold},
         merges=merges,
-        out=str(folder / ("roomy" if roomy else "crowded")),
+        out=str(folder / f"{roomy}-{tokenizer is not None}-"),
         roomy=roomy,
         another=tokenizer is not None,
     )
