@@ -154,6 +154,14 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def rewrite(folder, change):
+    """Other weights in a checkpoint: those that `change` makes of them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | change(weights), folder / "model.safetensors")
+
+
 def test_unknown_config_key_is_refused_by_name(tmp_path):
     save_tiny("llama", tmp_path)
     edit_config(tmp_path, clip_qkv=8.0)
@@ -180,12 +188,9 @@ def test_an_activation_that_nobody_knows_is_refused(tmp_path):
 
 
 def test_weights_that_are_no_floating_point_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     save_tiny("llama", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({**weights, name: weights[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda weights: {name: weights[name].to(torch.int8)})
     with pytest.raises(FamilyError, match=r"up_proj\.weight' is stored as torch\.int8; expected floating point"):
         Source(tmp_path)
 
@@ -209,11 +214,8 @@ def test_unknown_family_suggests_the_nearest(tmp_path):
 
 
 def test_unclaimed_tensor_is_refused_by_name(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     save_tiny("llama", tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({**weights, "model.layers.0.mlp.extra.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda _: {"model.layers.0.mlp.extra.weight": torch.ones(2)})
     with pytest.raises(FamilyError, match=r"mlp\.extra\.weight"):
         Source(tmp_path)
 
