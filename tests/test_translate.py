@@ -13,7 +13,7 @@ import polymerge
 from polymerge.align.token_bytes import byte_view
 from polymerge.align.translate import FLOOR, Translator
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
-from polymerge.errors import PreflightError
+from polymerge.errors import CheckpointError, PreflightError
 from polymerge.model.source import Source
 from polymerge.recipe import parse
 from polymerge.teachers import across
@@ -194,6 +194,8 @@ def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
     assert [row["union"] for row in result.skills.values()] == [None, None]  # what the model loses more is not known
     assert result.worst_skill is None
     assert "not measured here" in next(f.text for f in result.report.findings if f.subject == "union")
+    with pytest.raises(CheckpointError, match="a union that polymerge made; name the experts"):
+        Source(result.out)
     model = AutoModelForCausalLM.from_pretrained(result.out, trust_remote_code=True)
     tokens = torch.tensor([BYTES("apple ana")["input_ids"]])
     probabilities = model(input_ids=tokens).logits.softmax(-1)
