@@ -109,11 +109,10 @@ def check(
 
 
 def check_folders(sources: Mapping[str, Source], out: Path | None) -> None:
-    """What must be right before anything is read: `out` is free, sources are whole. Raises as `check` does."""
+    """What must be right before anything is read: `out` is free, tokenizers are there. Raises as `check` does."""
     if out is not None:
         check_free(out)
     for source in sources.values():
-        source.checkpoint.check()
         _check_tokenizer_files(source)
 
 
