@@ -247,7 +247,7 @@ def test_demo_replaces_its_own_folder(monkeypatch, tmp_path):
     from polymerge.demo import run as demo
 
     def merge(recipe, out, **_options):
-        parsed, _ = polymerge.read_recipe(recipe)
+        parsed = polymerge.read_recipe(recipe)
         assert all(e.model.is_dir() and e.text[0].is_file() for e in parsed.experts.values())
         assert not out.exists()
         out.mkdir()

@@ -164,9 +164,23 @@ def test_split_test_is_a_tenth_of_all(tmp_path, save_model, sums):
         evaluate(folder, {"s": [sums]}, split="tset")
 
 
-def test_texts_are_read_before_the_model(tmp_path):
+def test_texts_are_read_before_the_model(tmp_path, save_model):
+    folder = save_model(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
     with pytest.raises(TextError, match=r"text of 's': .*absent"):
-        evaluate(tmp_path / "no-model", {"s": [tmp_path / "absent"]})
+        evaluate(folder, {"s": [tmp_path / "absent"]})
+
+
+def test_conversations_are_measured_as_the_model_would_write_them(tmp_path, save_model):
+    folder = save_model(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    records = [[{"role": "user", "content": f"{i} " + "why " * 20}] for i in range(60)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": r}) for r in records))
+    (tmp_path / "same.jsonl").write_text("\n".join(json.dumps({"text": f"user: {r[0]['content']}\n"}) for r in records))
+    chat, same = (
+        evaluate(folder, {"s": tmp_path / f"{n}.jsonl"}, length=32, split="all")["s"] for n in ("chat", "same")
+    )
+    assert chat == same
 
 
 def test_rows_fit_the_context(tmp_path, save_model, sums):

@@ -299,6 +299,7 @@ def test_log_is_well_formed(case, tmp_path):
         ({"seed": 1}, "seed"),
         ({"student": 6}, "student"),
         ({"rows": 9}, "text low"),
+        ({"guide": 7}, "guide high"),
     ],
 )
 def test_the_state_of_other_inputs_is_refused(case, tmp_path, change, named):
@@ -310,7 +311,7 @@ def test_the_state_of_other_inputs_is_refused(case, tmp_path, change, named):
     with pytest.raises(OutputError, match=rf"another {named} \(.*delete {tmp_path}"):
         heal(
             model(change.get("student", 5)), teachers, rows, validation, change.get("settings", FAST),
-            out=tmp_path, seed=change.get("seed", 0),
+            out=tmp_path, seed=change.get("seed", 0), guide=model(change["guide"]) if "guide" in change else None,
         )  # fmt: skip
     assert (tmp_path / STATE).read_bytes() == before
 

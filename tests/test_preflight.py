@@ -168,6 +168,15 @@ def test_other_special_roles_are_a_warning(look, made):
     assert "tokenizer" not in subjects(report)
 
 
+def test_another_chat_template_is_a_warning(look, made):
+    plain, mine, other = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    mine.chat_template, other.chat_template = "{{ messages }}", "{{ messages }}!"
+    told = {"b: chat template"}
+    for one, two, expected in ((mine, mine, set()), (mine, plain, set()), (mine, other, told), (plain, mine, told)):
+        report = look(made("llama"), made("llama"), tokenizers={"a": one, "b": two})
+        assert {f.subject for f in report.of("warning") if "template" in f.subject} == expected
+
+
 def test_beginning_of_text_is_compared(look, made):
     other = bpe(alphabet(), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     other.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -8,7 +8,7 @@ import pytest
 from polymerge import recipe as recipes
 from polymerge.errors import RecipeError
 from polymerge.heal import Heal
-from polymerge.recipe import Budget, Expert, Fold, Recipe, Size, Union, parse, read
+from polymerge.recipe import Budget, Expert, Fold, Recipe, Size, Union, parse, read, read_with_text
 
 TEXT = """\
 method: fold
@@ -36,7 +36,8 @@ def data(**changes):
 def test_a_whole_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT)
-    recipe, text = read(path)
+    recipe, text = read_with_text(path)
+    assert read(path) == recipe
     assert text == TEXT
     assert list(recipe.experts) == ["prose", "code"]  # the order of the file
     assert recipe.experts["prose"].model == tmp_path / "experts/prose"
@@ -57,7 +58,7 @@ def test_bases_are_relative_to_the_recipe(tmp_path):
 def test_absolute_paths_stay(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(TEXT.replace("experts/prose", "/elsewhere/prose"))
-    assert read(path)[0].experts["prose"].model == Path("/elsewhere/prose")
+    assert read(path).experts["prose"].model == Path("/elsewhere/prose")
 
 
 @pytest.mark.parametrize(

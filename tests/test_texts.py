@@ -1,5 +1,7 @@
 """Texts: reading, splitting without overlap, and rows whose bytes are exact."""
 
+import copy
+import gzip
 import json
 import os
 import subprocess
@@ -12,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import polymerge
 from polymerge.calibrate.files import cut, read_sources
 from polymerge.calibrate.packing import token_bytes
 from polymerge.calibrate.texts import PARTS, Skill, adds_bos, first, pack, pairs, read_skill, shared_documents
+from polymerge.calibrate.tokenizer import chat_of
 from polymerge.errors import TextError
 
 
@@ -63,10 +67,10 @@ def test_parts_never_overlap_even_with_repeats(tmp_path):
 
 
 def test_split_depends_on_text_and_seed_only(book, tmp_path):
-    copy = tmp_path / "sub/other-name.txt"
-    copy.parent.mkdir()
-    copy.write_bytes(book.read_bytes())
-    one, two = read_skill("a", [book]), read_skill("b", [copy.parent])
+    same = tmp_path / "sub/other-name.txt"
+    same.parent.mkdir()
+    same.write_bytes(book.read_bytes())
+    one, two = read_skill("a", [book]), read_skill("b", [same.parent])
     assert parts(one) == parts(two)
     assert one.digest() == two.digest()
     other = read_skill("a", [book], seed=1)
@@ -158,6 +162,51 @@ def test_prompt_and_answer(tmp_path):
     skill = read_skill("sums", [file])
     assert sorted(documents_of(skill)) == sorted(r["prompt"] + r["answer"] for r in records)
     assert pairs([file]) == [(r["prompt"], r["answer"]) for r in records]
+
+
+def conversation(i):
+    said = [("system", "Be brief."), ("user", f"What is {i} + {i}? " + "Think. " * 8), ("assistant", f"{2 * i}")]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def test_conversations_are_written_by_the_chat_template(tmp_path, tokenizer):
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps(conversation(i)) for i in range(60)))
+    with pytest.raises(TextError, match=r"line 1 holds `messages`, but the tokenizer has no chat template"):
+        read_skill("chat", [file], chat=chat_of(tokenizer))
+    mine = copy.deepcopy(tokenizer)
+    mine.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    skill = read_skill("chat", [file], chat=chat_of(mine))
+    expected = f"<|system|>Be brief.\n<|user|>What is 7 + 7? {'Think. ' * 8}\n<|assistant|>14\n"
+    assert expected in documents_of(skill)
+    assert len(documents_of(skill)) == 60
+    mine.chat_template = "{{ raise_exception('two users') }}"
+    with pytest.raises(TextError, match=r"line 1: the chat template does not take its `messages` \(two users\)"):
+        read_skill("chat", [file], chat=chat_of(mine))
+
+
+def test_a_conversation_has_no_bos_where_its_row_has_one(tokenizer):
+    leads = copy.deepcopy(tokenizer)
+    leads.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    leads.bos_token = "<|endoftext|>"
+    assert chat_of(leads)([{"role": "user", "content": "hi"}]) == "<|endoftext|>hi"
+    leads.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", leads.bos_token_id)]
+    )
+    assert chat_of(leads)([{"role": "user", "content": "hi"}]) == "hi"
+
+
+def test_prompt_with_completion_and_compressed_files(tmp_path):
+    records = [{"prompt": f"{i} + {i + 1} = " + " " * 20, "completion": f"{2 * i + 1}"} for i in range(60)]
+    lines = "\n".join(map(json.dumps, records))
+    (tmp_path / "sums.jsonl").write_text(lines)
+    (tmp_path / "sums.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    plain, packed = (read_skill("sums", [tmp_path / name]) for name in ("sums.jsonl", "sums.jsonl.gz"))
+    assert parts(plain) == parts(packed)
+    assert pairs([tmp_path / "sums.jsonl.gz"]) == [(r["prompt"], r["completion"]) for r in records]
+    (tmp_path / "broken.txt.gz").write_bytes(gzip.compress(lines.encode())[:-20])
+    with pytest.raises(TextError, match=r"broken\.txt\.gz: not readable \(Compressed file ended"):
+        read_skill("sums", [tmp_path / "broken.txt.gz"])
 
 
 def test_pairs_of_a_plain_text_are_none(book):

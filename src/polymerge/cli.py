@@ -138,7 +138,7 @@ def inspect(
         "[bold]Examples[/]\n\n"
         "[cyan]polymerge eval out --text prose=text/prose.txt --text code=src/[/]\n\n"
         "[cyan]polymerge eval out --text sums=sums.jsonl --split all[/]  "
-        'lines of {"prompt": …, "answer": …} give exact match too'
+        'lines of {"prompt": …, "answer": …} give exact match too; {"messages": […]} are written by its chat template'
     ),
 )
 def evaluate(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from polymerge import families
 from polymerge.calibrate.texts import Rows, adds_bos, pack, pairs, read_skill
-from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.calibrate.tokenizer import chat_of, load_tokenizer
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import CheckpointError
 
@@ -174,15 +174,16 @@ def evaluate(
     """
     if split not in ("test", "all"):
         raise ValueError(f"split is {split!r}; expected 'test' or 'all'")
+    chat = chat_of(load_tokenizer(Checkpoint(path).path))
     documents: dict[str, list[str]] = {}
     questions: dict[str, list[tuple[str, str]]] = {}
     for name, given in texts.items():
         paths = [Path(p) for p in ([given] if isinstance(given, Path | str) else given)]
-        skill = read_skill(name, paths, field=field, seed=seed)
+        skill = read_skill(name, paths, field=field, chat=chat, seed=seed)
         chosen = skill.test + ([] if split == "test" else skill.validation + skill.calibration)
         among = frozenset(chosen)
         documents[name] = chosen
-        questions[name] = [(q, a) for q, a in pairs(paths, field=field) if q + a in among][:limit]
+        questions[name] = [(q, a) for q, a in pairs(paths, field=field, chat=chat) if q + a in among][:limit]
     model, tokenizer = load_for_evaluation(path, dtype=dtype, device=device)
     context = getattr(model.config, "max_position_embeddings", None) or length
     lead = adds_bos(tokenizer) if bos is None else bos

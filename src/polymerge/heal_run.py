@@ -244,6 +244,8 @@ class Run:
         found["student"] = learning.digest_model(self.student)
         for name in self.rows:
             found[f"expert {name}"] = learning.digest_model(self.owners[name])
+            if self.guides[name] is not self.owners[name]:
+                found[f"guide {name}"] = learning.digest_model(self.guides[name])
             found[f"text {name}"] = learning.digest_rows(self.rows[name], self.validation[name])
         found |= {f"features {name}": one.digest() for name, one in self.features.items()}
         return found

@@ -24,7 +24,7 @@ from polymerge.calibrate.calibration import Calibration
 from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill, read_skill
-from polymerge.calibrate.tokenizer import load_tokenizer
+from polymerge.calibrate.tokenizer import chat_of, load_tokenizer
 from polymerge.calibrate.written import lacking, with_written
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
@@ -48,7 +48,7 @@ from polymerge.readers import (
     readers_of,
     rows_of,
 )
-from polymerge.recipe import Recipe, parse, read
+from polymerge.recipe import Recipe, parse, read_with_text
 
 UNMEASURED = (
     "not measured here: its model finds an expert's next token among the result's piece by piece, which is slow, and "
@@ -166,7 +166,7 @@ def prepare(
     """Open everything, plan, and check it all: nothing is written yet. Raises PolymergeError."""
     if isinstance(recipe, Mapping):
         recipe = parse(dict(recipe))
-    recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read(recipe)
+    recipe, text = (recipe, record.as_yaml(recipe)) if isinstance(recipe, Recipe) else read_with_text(recipe)
     place = pick_device(device)
     preflight.check_places(recipe, out, work)
     progress.stage("preflight")
@@ -201,7 +201,7 @@ def _skill(recipe: Recipe, name: str, source: Source, tokenizer: Any, progress: 
     """An expert's texts: those that are given, and those that it writes (in a dry run where there are no others)."""
     asked, skill, tokens = recipe.experts[name], None, recipe.experts[name].write
     if asked.text:
-        skill = read_skill(name, asked.text, field=asked.field, seed=recipe.seed)
+        skill = read_skill(name, asked.text, field=asked.field, chat=chat_of(tokenizer), seed=recipe.seed)
         if tokens is None and recipe.method != "union":
             tokens = lacking(skill, tokenizer, recipe.wanted)
         if dry or not tokens:

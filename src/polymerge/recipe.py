@@ -187,7 +187,7 @@ WORDS = {"lean": LEAN, "whole": {key: Fold.model_fields[key].default for key in 
 
 
 class Recipe(_Strict):
-    """A whole recipe. `text` is the file verbatim, `folder` what its paths are relative to."""
+    """A whole recipe."""
 
     method: str
     anchor: str
@@ -246,8 +246,13 @@ class Recipe(_Strict):
             )
 
 
-def read(path: Path | str) -> tuple[Recipe, str]:
-    """A recipe file and its text; paths resolved. Raises RecipeError: one line, naming file and key."""
+def read(path: Path | str) -> Recipe:
+    """A recipe file; its paths resolved. Raises RecipeError: one line, naming file and key."""
+    return read_with_text(path)[0]
+
+
+def read_with_text(path: Path | str) -> tuple[Recipe, str]:
+    """A recipe and its file's text. Raises RecipeError as `read` does."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

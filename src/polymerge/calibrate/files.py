@@ -1,13 +1,16 @@
 """Text files of any common kind, read into documents.
 
 A folder is walked in sorted order. `.jsonl` is one object a line, `.json` a list of objects: a document is
-the object's `field`, or else its `prompt` followed by its `answer`. Any other file is plain text, cut at
-line ends into blocks of about `BLOCK` characters, so that a single long book can be split too.
+the object's `field`, or else its `prompt` followed by its `answer` (or `completion`), or else its `messages` as a chat
+template writes them. Any other file is plain text, cut at line ends into blocks of about `BLOCK` characters, so that a
+single long book can be split too. Each may be compressed (`.gz`).
 """
 
+import gzip
 import json
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from polymerge.errors import TextError
 BLOCK = 2000  # characters
 RECORDS = {".json": re.compile(r"\s*\[\s*\{"), ".jsonl": re.compile(r"\s*\{")}
 """How a file of records begins, by its ending."""
+Chat = Callable[[list[Any]], str]
+"""Messages, each with a role and a content, as one text."""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
 
@@ -36,14 +41,14 @@ class Source:
     pairs: tuple[tuple[str, str], ...] = ()
 
 
-def read_sources(paths: Sequence[Path], field: str) -> Iterator[Source]:
-    """Read files and folders in the order given; raises TextError."""
+def read_sources(paths: Sequence[Path], field: str, chat: Chat | None = None) -> Iterator[Source]:
+    """Read files and folders in the order given, conversations by `chat`; raises TextError."""
     if not paths:
         raise TextError("no text files given; expected at least one file or folder")
     for path in paths:
         files, found = _walk(path), 0
         for file in files:
-            source = _read(file, _label(path, file), field, named=file == path)
+            source = _read(file, _label(path, file), field, chat, named=file == path)
             if source is not None:
                 found += 1
                 yield source
@@ -89,12 +94,16 @@ def _label(path: Path, file: Path) -> str:
     return file.name if path == file else (Path(path.name) / file.relative_to(path)).as_posix()
 
 
-def _read(file: Path, label: str, field: str, *, named: bool) -> Source | None:
+def _read(file: Path, label: str, field: str, chat: Chat | None, *, named: bool) -> Source | None:
     """Read one file; one that is no text is an error where it was named itself, and skipped in a folder."""
+    packed = file.suffix == ".gz"
+    kind = file.with_suffix("").suffix if packed else file.suffix
     try:
         data = file.read_bytes()
-    except OSError as error:
-        raise TextError(f"{file}: not readable ({error.strerror})") from error
+        if packed:
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,17 +120,17 @@ def _read(file: Path, label: str, field: str, *, named: bool) -> Source | None:
     if "\0" in text and not named:
         return None
     # In a folder of code a .json file that does not begin as records do (package.json) is text like the others.
-    if file.suffix not in RECORDS or not (named or RECORDS[file.suffix].match(text)):
+    if kind not in RECORDS or not (named or RECORDS[kind].match(text)):
         return Source(label, data, (text.replace("\r\n", "\n"),), whole=False)
-    items = list(_items(file, text))
-    records = [_document(where, item, field) for where, item in items]
+    items = list(_items(file, kind, text))
+    records = [_document(where, item, field, chat) for where, item in items]
     pairs = [pair for _, item in items if (pair := _pair(item)) is not None]
     return Source(label, data, tuple(r for r in records if r.strip()), whole=True, pairs=tuple(pairs))
 
 
-def _items(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _items(file: Path, kind: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each record of a JSON or JSONL file."""
-    if file.suffix == ".json":
+    if kind == ".json":
         found = _json(f"{file}", text)
         if not isinstance(found, list):
             raise TextError(f"{file}: holds a JSON {type(found).__name__}; expected a list of objects")
@@ -144,21 +153,25 @@ def _json(where: str, text: str) -> Any:
 
 
 def _pair(item: dict[str, Any]) -> tuple[str, str] | None:
-    prompt, answer = item.get("prompt"), item.get("answer")
+    prompt, answer = item.get("prompt"), item.get("answer", item.get("completion"))
     return (prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
 
 
-def _document(where: str, item: dict[str, Any], field: str) -> str:
+def _document(where: str, item: dict[str, Any], field: str, chat: Chat | None) -> str:
     """The text of one record."""
     pair = _pair(item)
     if field in item:
         text = item[field]
     elif pair is not None:
         text = pair[0] + pair[1]
+    elif isinstance(item.get("messages"), list):
+        text = _told(where, item["messages"], chat)
     else:
         near = closest(field, item)
         hint = f"; did you mean field {near!r}?" if near else "; set `field` to one of them"
-        raise TextError(f"{where} has no field {field!r} (nor `prompt` and `answer`), but {sorted(item)}{hint}")
+        raise TextError(
+            f"{where} has no field {field!r} (nor `prompt` and `answer`, nor `messages`), but {sorted(item)}{hint}"
+        )
     if not isinstance(text, str):
         raise TextError(f"{where}: field {field!r} is of type {type(text).__name__}; expected text")
     try:
@@ -166,3 +179,15 @@ def _document(where: str, item: dict[str, Any], field: str) -> str:
     except UnicodeEncodeError as error:
         raise TextError(f"{where}: field {field!r} has half a surrogate pair, not a character ({error})") from error
     return text
+
+
+def _told(where: str, messages: list[Any], chat: Chat | None) -> str:
+    """A conversation as text."""
+    if chat is None:
+        raise TextError(
+            f"{where} holds `messages`, but the tokenizer has no chat template to write them by; give `text`"
+        )
+    try:
+        return chat(messages)
+    except Exception as error:  # whatever a template does with what it was not made for
+        raise TextError(f"{where}: the chat template does not take its `messages` ({error})") from error

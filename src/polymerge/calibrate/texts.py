@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymerge.calibrate.files import BLOCK, Source, cut, read_sources
+from polymerge.calibrate.files import BLOCK, Chat, Source, cut, read_sources
 from polymerge.calibrate.packing import Rows, adds_bos, pack
 from polymerge.errors import TextError
 
@@ -64,14 +64,16 @@ class Skill:
         }
 
 
-def read_skill(name: str, paths: Sequence[Path], *, field: str = "text", seed: int = 0) -> Skill:
+def read_skill(
+    name: str, paths: Sequence[Path], *, field: str = "text", chat: Chat | None = None, seed: int = 0
+) -> Skill:
     """Read a skill's texts and split them 80/10/10 by characters.
 
-    paths: text files, JSON(L) files or folders of them (see `files.py`). field: a JSON object's key.
-    Raises TextError: missing, empty, not UTF-8, no such field, too short.
+    paths: text files, JSON(L) files or folders of them (see `files.py`). field: a JSON object's key. chat: how its
+    `messages` are written. Raises TextError: missing, empty, not UTF-8, no such field, too short.
     """
     try:
-        sources = list(read_sources(paths, field))
+        sources = list(read_sources(paths, field, chat))
         documents = _documents(sources)
         calibration, validation, test = _deal(documents, seed)
     except TextError as error:
@@ -88,9 +90,9 @@ def skill_of(name: str, documents: Sequence[str], *, seed: int = 0, written: int
         raise TextError(f"text of {name!r}: {error}") from error
 
 
-def pairs(paths: Sequence[Path], *, field: str = "text") -> list[tuple[str, str]]:
+def pairs(paths: Sequence[Path], *, field: str = "text", chat: Chat | None = None) -> list[tuple[str, str]]:
     """(prompt, answer) of every JSON record that has both, in file order; empty where there are none."""
-    return [pair for source in read_sources(paths, field) for pair in source.pairs]
+    return [pair for source in read_sources(paths, field, chat) for pair in source.pairs]
 
 
 def shared_documents(one: Skill, other: Skill) -> int:

@@ -76,6 +76,7 @@ def vocabulary_findings(
     for name in specs:
         if tokenizers[name] is speech.tokenizer:
             continue
+        out += _other_template(name, tokenizers[name], speech.tokenizer)
         if name in foreign:
             if not translate:
                 raise PreflightError(f"{foreign[name]}; this method needs one tokenizer: use method: fold or union")
@@ -152,6 +153,13 @@ def _harmless(owner: str, name: str, mine: ByteView, theirs: ByteView) -> Iterat
         does, does_not = (owner, name) if adds_bos(mine.tokenizer) else (name, owner)
         begin = (mine if does == owner else theirs).tokenizer.bos_token
         yield f"{does!r} begins every text with {begin!r}, {does_not!r} does not; the way of {owner!r} is used"
+
+
+def _other_template(name: str, theirs: Any, mine: Any) -> Iterator[Finding]:
+    """What becomes of conversations that are written in another way than the result's tokenizer would."""
+    if theirs.chat_template not in (None, mine.chat_template):
+        text = "not the result's: its `messages` are written by its own, and so the result will know them"
+        yield Finding("warning", f"{name}: chat template", text)
 
 
 def _translated(mine: ByteView, theirs: ByteView, skill: Skill) -> str:
