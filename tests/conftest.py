@@ -97,6 +97,12 @@ def save_model() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Path:
+    """A cache of the benchmark's experts, for tests that do not ask how these are trained."""
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="session")
 def assets() -> Path:
     """The shared test material; skips where it is not on this machine."""
     folder = os.environ.get("POLYMERGE_ASSETS")

@@ -35,9 +35,7 @@ SMALL = Arithmetic(modulus=7, degree=3)
 TINY = modular.Settings(
     arithmetic=SMALL,
     training=train.Training(steps=200, lr=3e-3, weight_decay=0.0, warmup=10, batch=64, draws=64, enough=20),
-    fold=folding.Settings(
-        refine=Refine(steps=4, rows=16, head_steps=4), trials=folding.Trials(32, 8, 32, 8), basis_rows=64, batch=64
-    ),
+    fold=folding.Settings(refine=Refine(steps=4, rows=16, head_steps=4), trials=None, basis_rows=64, batch=64),
     distil=Distil(steps=4, batch=16, lrs=(1e-3,), every=2),
 )
 PLUS = modular.ExpertPlan("x_plus_y", 1, 32, 2, share=0.8)
@@ -383,8 +381,8 @@ def test_only_the_four_tasks_leave_the_width_to_the_fold(tmp_path):
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
+def tiny(monkeypatch, tmp_path, trained_once):
+    monkeypatch.setenv("POLYMERGE_CACHE", str(trained_once))
     monkeypatch.setitem(modular.PROFILES, "quick", TINY)
     cases = [
         Case("baseline/plus", "baseline", modular.Detail((PLUS,), run=0), ("expert",)),

@@ -44,7 +44,7 @@ def recipe(models, texts, **changes):
     return parse({
         "method": "fold", "anchor": "prose", "size": {"params": "2x"}, "dtype": "float32",
         "experts": {k: {"model": str(m), "text": str(texts[k])} for k, m in models.items()},
-        "fold": {"length": 32, "tokens": 1280, "refine": 2}, **changes,
+        "fold": {"length": 32, "tokens": 1280, "refine": 2, "trials": False}, **changes,
     })  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def recipe(folder, **changes):
     return {
         "method": "fold", "anchor": "prose", "size": {"params": "2x"}, "dtype": "float32",
         "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
-        "fold": {"length": 16, "tokens": 640, "refine": 2},
+        "fold": {"length": 16, "tokens": 640, "refine": 2, "trials": False},
         "heal": {"tokens": "512", "batch_rows": 8, "length": 16}, **changes,
     }  # fmt: skip
 
