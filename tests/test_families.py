@@ -206,6 +206,18 @@ def test_a_key_that_transformers_does_not_know_may_say_no(value, known, tmp_path
             Source(tmp_path)
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_a_stored_head_counts_where_it_is_not_the_embedding(another, tmp_path):
+    """As transformers has it, whatever `tie_word_embeddings` says."""
+    save_tiny("llama", tmp_path, tie_word_embeddings=True)
+    rewrite(tmp_path, lambda w: {"lm_head.weight": w["model.embed_tokens.weight"] * (-1.0 if another else 1.0)})
+    source = Source(tmp_path, dtype=torch.float64)
+    tokens = torch.randint(0, source.spec.vocab, (2, 9), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits
+    torch.testing.assert_close(source.logits(tokens), theirs, atol=1e-4, rtol=0)
+    assert source.spec.tied is not another
+
+
 def test_unknown_family_suggests_the_nearest(tmp_path):
     save_tiny("llama", tmp_path)
     edit_config(tmp_path, model_type="lama")

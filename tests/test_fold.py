@@ -83,13 +83,38 @@ def difference(logits, source, tokens):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_fold_of_one_expert_at_its_own_size_is_the_expert(family, save_model, tmp_path):
-    source = expert(save_model, tmp_path, family)
+    source = expert(save_model, tmp_path, family, rms_norm_eps=1e-2)
     data = texts(1, rows=90)
     target_family, (target,) = shape([source], family)
     assert target.width == source.spec.width
     logits, excess, _ = folded_logits([source], target_family, target, data)
     assert difference(logits, source, data.tokens) < 1e-5
     assert abs(excess[0]) < 1e-5
+
+
+def test_fold_of_one_expert_that_normalises_queries_and_keys_is_the_expert(save_model, tmp_path):
+    source = expert(save_model, tmp_path, "qwen3")
+    plain, g = source.layer, torch.Generator().manual_seed(0)
+    gammas = torch.randn(source.spec.layers, 2, source.spec.head_size, generator=g, dtype=torch.float64)
+    source.layer = lambda i: plain(i) | dict(zip(("q_norm.weight", "k_norm.weight"), gammas[i], strict=True))
+    data = texts(1, rows=90)
+    family, (target,) = shape([source], "qwen3")
+    logits, _, _ = folded_logits([source], family, target, data)
+    assert difference(logits, source, data.tokens) < 1e-4
+
+
+def test_a_result_rotates_as_the_first_expert_with_a_part_in_it(save_model, tmp_path):
+    one, other = (
+        expert(save_model, tmp_path / str(t), rope_theta=t, rms_norm_eps=eps) for t, eps in ((1e4, 1e-5), (5e5, 1e-6))
+    )
+    asked = recipe.parse({
+        "method": "fold", "anchor": "a", "size": "union",
+        "experts": {name: {"model": "unused", "text": "unused.txt"} for name in "ab"},
+    })  # fmt: skip
+    specs, sizes = {"a": one.spec, "b": other.spec}, {"a": one.parameters, "b": other.parameters}
+    for part, lead in ((None, one), (["a"], one), (["b"], other)):
+        (target,) = plan.make(asked, specs, sizes, part).shapes
+        assert (target.frequencies, target.eps) == (lead.spec.frequencies, lead.spec.eps)
 
 
 @pytest.mark.parametrize("hosts", ["ends", "centred"])
@@ -299,10 +324,11 @@ def test_refinement_at_a_ruinous_rate_leaves_an_exact_fold_as_it_is(save_model, 
     one = expert(save_model, tmp_path / "a")
     family, (target,) = shape([one])
     data = texts(1)
-    logits = [
-        folded_logits([one], family, target, data, refine=Refine(steps=n, lr=0.1, head_steps=0))[0] for n in (0, 10)
+    ruinous = [Refine(steps=0, head_steps=0)] + [
+        Refine(steps=n, lr=0.1, head_steps=m, head_lr=3.0) for n, m in ((10, 0), (0, 10))
     ]
-    assert torch.equal(*logits)
+    plain, *others = (folded_logits([one], family, target, data, refine=refine)[0] for refine in ruinous)
+    assert all(torch.equal(plain, other) for other in others)
 
 
 EXPERTS_ONLY = [name for name in families.names() if name not in plan.TARGETS]

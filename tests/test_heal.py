@@ -18,7 +18,7 @@ from polymerge.evaluate import bits_per_byte
 from polymerge.heal import Heal, heal
 from polymerge.heal_state import LOG, STATE
 from polymerge.methods.union import UnionForCausalLM
-from polymerge.teachers import Batches, next_token
+from polymerge.teachers import Batches, next_token, resolve
 
 FAST = Heal(tokens=40 * 6 * 16, lr=3e-3, batch_rows=6, length=16, evaluate_every=5, precision="float32")
 
@@ -324,6 +324,13 @@ def test_a_damaged_state_is_refused(case, tmp_path):
         (tmp_path / STATE).write_bytes(damaged)
         with pytest.raises(OutputError, match=rf"damaged; delete {tmp_path}"):
             heal(model(5), teachers, rows, validation, FAST, out=tmp_path)
+
+
+def test_an_expert_that_owns_two_skills_is_one_of_a_union(case):
+    teachers = case[1]
+    given = {"low": teachers["low"], "also": teachers["low"], "high": teachers["high"]}
+    guides, _ = resolve(given, "union", tuple(given))
+    assert len(guides["low"].config.experts) == 2
 
 
 def test_an_output_that_is_a_file_is_refused(case, tmp_path):

@@ -175,6 +175,20 @@ def test_a_translated_teacher_and_a_foreign_expert_agree(folder):
     torch.testing.assert_close(foreign.log_probs(rows), there, atol=1e-4, rtol=1e-4)
 
 
+def test_a_foreign_expert_reads_each_layer_once(folder, monkeypatch):
+    source = Source(folder / "code")
+    translator, rows, _ = setting(BYTES, COARSE)
+    read, layer = [], source.layer
+    monkeypatch.setattr(source, "layer", lambda index: read.append(index) or layer(index))
+    foreign = Foreign("code", source, translator)
+    several = foreign.log_probs(torch.cat([rows, rows]), batch=1)
+    assert read == list(range(source.spec.layers))
+    torch.testing.assert_close(several, foreign.log_probs(rows).repeat(2, 1), atol=1e-5, rtol=1e-5)
+    read.clear()
+    foreign.told(rows.repeat(40, 1))
+    assert read == list(range(source.spec.layers))
+
+
 def test_rows_longer_than_the_experts_positions_are_refused(folder):
     source = Source(folder / "code")
     translator, rows, _ = setting(COARSE, BYTES)

@@ -249,6 +249,11 @@ class Job:
         """The expert whose family the result takes."""
         return self.sources[self.recipe.anchor]
 
+    @property
+    def lead(self) -> Source:
+        """The anchor, or the first expert with a part in the merge: what the result takes from one alone is its."""
+        return self.anchor if self.recipe.anchor in self.part else self.sources[self.part[0]]
+
     def measure_experts(self) -> None:
         """Every expert and their mixture on every skill's test text."""
         self.progress.stage("experts", len(self.sources))
@@ -278,7 +283,7 @@ class Job:
             with CheckpointWriter(folder) as writer:
                 done = self._merge(texts, writer)
                 speaker = self.sources[self.speech.owner]
-                write_config(writer, hf_config(family, done.choice.target, self.anchor, speaker), torch.float32)
+                write_config(writer, hf_config(family, done.choice.target, self.lead, speaker), torch.float32)
                 record.save_fold(writer, done, key)
         chosen, result = done.choice, self.result
         result.parameters, result.shape = planning.parameters(family, chosen.target), record.shape(chosen.target)
@@ -338,9 +343,10 @@ class Job:
             return
         self.progress.stage("heal", settings.steps)
         with self.clock("heal"):
+            loaded = {owner: load_expert(self.readers[owner]) for owner in dict.fromkeys(self.owners.values())}
             outcome = healing.heal(
                 student,
-                {skill: load_expert(self.readers[owner]) for skill, owner in self.owners.items()},
+                {skill: loaded[owner] for skill, owner in self.owners.items()},
                 rows_of(self.skills, "calibration", self.tokenizer, settings.length),
                 rows_of(self.skills, "validation", self.tokenizer, settings.length, VALIDATION_ROWS),
                 settings,

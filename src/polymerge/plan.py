@@ -61,7 +61,8 @@ def make(
     """
     anchor, family = specs[recipe.anchor], family_of(recipe, specs)
     experts = [spec for name, spec in specs.items() if part is None or name in part]
-    base = replace(_base(family, anchor, experts), vocab=vocab or anchor.vocab)
+    lead = anchor if part is None or recipe.anchor in part else experts[0]
+    base = replace(_base(family, lead, experts), vocab=vocab or anchor.vocab)
     if recipe.method != "fold":
         return Plan(family, (_largest(family, base, experts),), None)
     if recipe.size == "union":
@@ -92,33 +93,33 @@ def make(
     return Plan(family, tuple(found), budget)
 
 
-def _base(family: Family, anchor: Spec, experts: Sequence[Spec]) -> Spec:
-    """What follows from the experts alone; sizes that a budget decides are still the anchor's."""
+def _base(family: Family, lead: Spec, experts: Sequence[Spec]) -> Spec:
+    """What follows from the experts alone; what all cannot have, and sizes that a budget decides, are the lead's."""
     head_size = math.lcm(*(s.head_size for s in experts))
     largest = max(s.head_size for s in experts)
     if head_size > max(128, largest):
         head_size = largest
-    rotary = [s for s in (anchor, *experts) if s.frequencies]
+    rotary = [s for s in (lead, *experts) if s.frequencies]
     theta = rotary[0].rope_theta if rotary else 10000.0
     frequencies, scale = tuple(theta ** (-2 * i / head_size) for i in range(head_size // 2)), 1.0
-    if head_size == anchor.head_size == 2 * len(anchor.frequencies):
-        frequencies, scale = anchor.frequencies, anchor.rope_scale
+    if head_size == lead.head_size == 2 * len(lead.frequencies):
+        frequencies, scale = lead.frequencies, lead.rope_scale
     features = {"head"} | ({"qkv_bias"} if family.bias else set()) | ({"qk_norm"} if family.qk_norm else set())
     return Spec(
         family=family.model_type,
-        vocab=anchor.vocab,
-        width=anchor.width,
+        vocab=lead.vocab,
+        width=lead.width,
         layers=max(s.layers for s in experts),
-        heads=anchor.heads,
-        kv_heads=anchor.heads // ratio(experts),
+        heads=lead.heads,
+        kv_heads=lead.heads // ratio(experts),
         head_size=head_size,
-        mlp=anchor.mlp,
+        mlp=lead.mlp,
         norm="rms",
-        eps=1e-6,
+        eps=lead.eps,
         activation="silu",
         gated=True,
         tied=False,
-        max_positions=anchor.max_positions,
+        max_positions=lead.max_positions,
         frequencies=frequencies,
         rope_scale=scale,
         rope_theta=theta,

@@ -48,7 +48,8 @@ def resolve(
     owners = {name: teachers[name] for name in skills}
     if kind == "owner":
         return owners, owners
-    return dict.fromkeys(skills, UnionForCausalLM.from_experts(list(teachers.values()))), owners
+    experts = list({id(model): model for model in teachers.values()}.values())  # one that owns two skills once
+    return dict.fromkeys(skills, UnionForCausalLM.from_experts(experts)), owners
 
 
 def likelihood(

@@ -64,8 +64,10 @@ class Calibration:
         if foreign is None:
             return self.tokens[mine], self.scored
         reading = foreign[0].of(mine)
-        whole = reading.tokens[:, : max(2, int(reading.lengths.min()))]
-        return whole, torch.ones(whole.shape[1], dtype=torch.bool)
+        # A row that it reads by few tokens is left out: all would be cut to that.
+        time = max(2, int(reading.lengths.kthvalue(1 + len(mine) // 10).values))
+        whole = reading.tokens[reading.lengths >= time, :time]
+        return whole, torch.ones(time, dtype=torch.bool)
 
     def of(self, expert: int, *, fit: bool = True) -> Int[Tensor, "row time"]:
         """The rows of one expert."""
@@ -112,8 +114,10 @@ def gather(
         for fit, rows in ((True, fitted), (False, held_out))
         for k, r in zip(owners, rows, strict=True)
     ]
-    tokens = torch.cat([t for _, _, t in parts])
-    owner = torch.cat([torch.full((len(t),), k) for k, _, t in parts])
+    order = _interleaved([(k, fit, len(t)) for k, fit, t in parts])
+    tokens = torch.cat([t for _, _, t in parts])[order]
+    owner = torch.cat([torch.full((len(t),), k) for k, _, t in parts])[order]
+    fit = torch.cat([torch.full((len(t),), fit) for _, fit, t in parts])[order]
     if gate:
         log_probs = torch.stack([e.log_probs(tokens) for e in experts])
         owned = ownership.by_gate(log_probs)
@@ -122,12 +126,23 @@ def gather(
     return Calibration(
         tokens=tokens,
         owner=owner,
-        fit=torch.cat([torch.full((len(t),), fit) for _, fit, t in parts]),
+        fit=fit,
         owned=owned.to(experts[0].dtype),
         scored=torch.ones(tokens.shape[1], dtype=torch.bool),
         bytes_per_token=tuple(_bytes_per_token(fitted, owners, k) for k in range(len(experts))),
         foreign=tuple((e.read(tokens), e.translator) if isinstance(e, Foreign) else None for e in experts),
     )
+
+
+def _interleaved(parts: Sequence[tuple[int, bool, int]]) -> list[int]:
+    """An order of the rows of (owner, fit, rows): skills with one owner in turn, so that its first are of all."""
+    first: dict[tuple[int, bool], int] = {}
+    places = [
+        (first.setdefault((owner, fit), at), i / rows)
+        for at, (owner, fit, rows) in enumerate(parts)
+        for i in range(rows)
+    ]
+    return sorted(range(len(places)), key=places.__getitem__)
 
 
 def _bytes_per_token(fitted: Sequence[Rows], owners: Sequence[int], expert: int) -> float:

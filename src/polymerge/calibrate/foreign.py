@@ -1,6 +1,7 @@
 """Experts that read another tokenizer: they are given the result's rows and answer in the result's tokens."""
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from polymerge.align.translate import Reading, Translator
 from polymerge.errors import PreflightError
+from polymerge.model import decoder
 from polymerge.model.source import Source
 
 CUT, BATCH = 0.05, 32
@@ -35,12 +37,11 @@ class Foreign:
             )
         return reading
 
+    @torch.no_grad()
     def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Float[Tensor, "row next"]:
         """Log q(the result's next token) at every position but the last."""
         scores = []
-        for rows in tokens.split(batch):
-            reading = self.read(rows)
-            found = self.source.logits(reading.tokens.to(self.source.device)).log_softmax(-1)
+        for rows, reading, found in self._read_by_expert(tokens, batch):
             logs = self.translator.project(found, reading, rows)[:, :-1]
             scores.append(logs.gather(-1, rows[:, 1:, None].to(logs.device))[..., 0].cpu())
         return torch.cat(scores)
@@ -54,9 +55,8 @@ class Foreign:
         own = told = size = 0.0
         lengths = torch.tensor([0 if s else len(b) for s, b in zip(
             self.translator.anchor.special, self.translator.anchor.surface, strict=True)])  # fmt: skip
-        for rows in tokens.split(BATCH):
-            reading = self.read(rows)
-            found = self.source.logits(reading.tokens.to(self.source.device)).log_softmax(-1).cpu()
+        for rows, reading, logs in self._read_by_expert(tokens, BATCH):
+            found = logs.cpu()
             q = self.translator.project(found, reading, rows, seen=False)[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
             p = found[:, :-1].gather(-1, reading.tokens[:, 1:, None])[..., 0]
             for row, exact in enumerate(reading.exact & (reading.last >= 0)):
@@ -68,6 +68,16 @@ class Foreign:
                     size += float(lengths[rows[row, first + 1 : last + 1]].sum())
         bits = math.log(2) * max(1.0, size)
         return own / bits, told / bits
+
+    def _read_by_expert(
+        self, tokens: Int[Tensor, "row time"], batch: int
+    ) -> Iterator[tuple[Tensor, Reading, Float[Tensor, "row own vocab"]]]:
+        """Batches of rows, their reading, and the expert's log-probabilities; each layer is read once for all."""
+        batches, outer = tokens.split(batch), self.source.outer()
+        readings = [self.read(rows) for rows in batches]
+        states = self.source.states([reading.tokens for reading in readings])
+        for rows, reading, x in zip(batches, readings, states, strict=True):
+            yield rows, reading, decoder.logits(self.source.spec, outer, x).log_softmax(-1)
 
 
 class TranslatedTeacher(nn.Module):

@@ -29,6 +29,7 @@ class Experts:
     ) -> None:
         self.sources, self.texts, self.hosts, self.batch = sources, texts, hosts, batch
         self.device, self.dtype = sources[0].device, sources[0].dtype
+        self.normed = "qk_norm" in target.features
         numbers = texts.tokens.numel() * kept([s.spec for s in sources], target)
         self.home = home(torch.device(self.device), numbers * self.dtype.itemsize)
         self.outers = [source.outer() for source in sources]
@@ -53,6 +54,7 @@ class Experts:
     def attention(self, present: Present) -> Iterator[tuple[At, Tensor, int, tuple[Tensor, Tensor, Tensor]]]:
         """Queries, keys and values of each, batch by batch: (at, rows, up to which position, theirs); moves all states.
 
+        For a target that normalises queries and keys itself, those of an expert that does so are not normalised yet.
         Where several layers of an expert are hosted, its state then has what all their attention writes, and no MLP.
         """
         self._inside, states = {}, list(self.states)
@@ -61,9 +63,12 @@ class Experts:
             for rows, time in self.reached(k):
                 own = self._own_time(k, rows, time)
                 x = start[rows, :own].to(self.device)
-                q, key, v = decoder.project_heads(spec, weights, decoder.read(spec, weights, "norm1", x))
+                n = decoder.read(spec, weights, "norm1", x)
+                q, key, v = decoder.project_heads(spec, weights, n)
                 written = decoder.written(spec, weights, "o", decoder.attend(spec, q, key, v))
                 mid[rows, :own] = width.centred(source, x + written).to(self.home)
+                if self.normed and "qk_norm" in spec.features:
+                    q, key = (_before_norm(spec, weights, role, n) for role in "qk")
                 yield (k, i), rows, time, (q, key, v)
             self._inside[k, i] = start, mid
             if (k, i + 1) in present:
@@ -159,6 +164,13 @@ class Experts:
         """How many of its own tokens expert k reads in the first `time` positions of these rows."""
         foreign = self.texts.reading(k)
         return time if foreign is None else max(1, int(foreign[0].last[rows, :time].max()) + 1)
+
+
+def _before_norm(spec: Spec, weights: Mapping[str, Tensor], role: str, n: Tensor) -> Tensor:
+    """Queries or keys times γ, not divided by each head's size: linear in what is read, as a target's are."""
+    heads = decoder.linear(weights, role, n).unflatten(-1, (-1, spec.head_size))
+    scaled: Tensor = heads * weights[f"{role}_norm.weight"]
+    return scaled.flatten(-2)
 
 
 def kept(experts: Sequence[Spec], target: Spec) -> int:

@@ -187,7 +187,7 @@ class LayerFold:
             self.heard = self.texts.scored.bool()
         wide = replace(target, heads=total * ratio, kv_heads=total)
         if "qk_norm" in target.features:
-            weights |= self._temperatures(weights)
+            weights |= self._norms(weights, present)
         self.heed = self._heed()
         writers = _writers.moments(self, lambda rows: self._mixed(wide, weights, rows), total * ratio * size)
         keep = _writers.kept(self, writers, layer, "mid", ratio * size, target.kv_heads)
@@ -318,13 +318,29 @@ class LayerFold:
         parts = (place.place(q, value=False), place.place(key, value=False), place.place(v, value=True))
         return torch.cat([x.flatten(-2) for x in parts], dim=-1)
 
-    def _temperatures(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A target that normalises q and k per head gets their typical size back as the norms' weights."""
-        sizes = {}
-        for role in "qk":
-            power = [decoder.linear(weights, role, self.normalised(rows)).pow(2).mean() for rows in self.batches()]
-            sizes[f"{role}_norm.weight"] = torch.stack(power).mean().sqrt().repeat(self.target.head_size)
-        return sizes
+    def _norms(self, weights: dict[str, Tensor], present: Present) -> dict[str, Tensor]:
+        """For a target that normalises q and k per head: γ, and the maps so that γ turns no direction.
+
+        γ² is the mean over heads, of an expert's own γ² where it normalises (then one expert is kept exactly), else of
+        the typical power.
+        """
+        out: dict[str, Tensor] = {}
+        size = self.target.head_size
+        for role, ratio in (("q", self.ratio), ("k", 1)):
+            batches = (decoder.linear(weights, role, self.normalised(rows)) for rows in self.batches())
+            power = torch.stack([x.unflatten(-1, (-1, size)).pow(2).mean((0, 1, 3)) for x in batches]).mean(0)
+            squares, first = power[:, None].repeat(1, size), 0
+            for k, i in present:
+                spec = self.experts.spec(k).at(i)
+                heads = slice(first, first := first + spec.heads // self.ratio * ratio)
+                if "qk_norm" in spec.features:
+                    gamma = self.placements[k][i].place(present[k, i][f"{role}_norm.weight"][None], value=False)
+                    squares[heads] = gamma.pow(2) * spec.head_size / size  # beside zeros a head is that much smaller
+            gamma = squares.mean(0).sqrt()
+            gamma = torch.where(gamma > 0, gamma, gamma.mean())
+            turned = weights[f"{role}.weight"].unflatten(0, (-1, size)) * (gamma.mean() / gamma)[:, None]
+            out |= {f"{role}.weight": turned.flatten(0, 1), f"{role}_norm.weight": gamma}
+        return out
 
     def _with_one(self, x: Tensor) -> Tensor:
         return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if self.bias else x

@@ -73,20 +73,17 @@ def block(fold: "LayerFold", before: Tensor, weights: dict[str, Tensor]) -> dict
             total = total + fold.balance[k] * error
         return total
 
-    return _refined(fold, weights, loss, _steps(fold, fold.refine.steps))
+    return _refined(fold, weights, loss, _steps(fold, fold.refine.steps), fold.refine.lr)
 
 
 def head(fold: "LayerFold", weight: Tensor) -> Tensor:
     """The head (vocab, width) refined by KL(owner ‖ target) on the fitted rows."""
-    moved = weight.clone().requires_grad_()
 
-    def loss(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            seen = fold.normalised(rows)
-        return _judge.nats(fold, rows, seen, moved).mean()
+    def loss(params: dict[str, Tensor], rows: Tensor, *, fitted: bool = True) -> Tensor:  # noqa: ARG001  KL counts all positions
+        return _judge.nats(fold, rows, fold.normalised(rows), params["head.weight"]).mean()
 
-    _descend(fold, [moved], loss, _steps(fold, fold.refine.head_steps), fold.refine.head_lr)
-    return moved.detach()
+    steps = _steps(fold, fold.refine.head_steps)
+    return _refined(fold, {"head.weight": weight}, loss, steps, fold.refine.head_lr)["head.weight"]
 
 
 def ending(
@@ -104,7 +101,8 @@ def ending(
         nats = _judge.nats(fold, rows, decoder.rms(out, fold.target.eps), params["head.weight"])
         return (nats * say[fold.texts.owner[rows]].to(nats)).mean()
 
-    found = _refined(fold, weights | {"head.weight": head}, loss, LAST * _steps(fold, fold.refine.steps))
+    steps = LAST * _steps(fold, fold.refine.steps)
+    found = _refined(fold, weights | {"head.weight": head}, loss, steps, fold.refine.lr)
     return found, found.pop("head.weight")
 
 
@@ -118,7 +116,7 @@ def _steps(fold: "LayerFold", asked: int) -> int:
     return fold.refine.most(asked, int(fold.texts.fit.sum()), len(fold.slices))
 
 
-def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int) -> dict[str, Tensor]:
+def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int, rate: float) -> dict[str, Tensor]:
     """The tensors moved down the loss of the fitted rows, at the first rate that lowers it on rows held out, if any."""
     held = torch.nonzero(~fold.texts.fit).flatten()
 
@@ -126,7 +124,7 @@ def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int
         with torch.no_grad():
             return sum(float(loss(params, rows, fitted=False)) * len(rows) for rows in held.split(fold.batch))
 
-    rate, before = fold.refine.lr, held_out(start)
+    before = held_out(start)
     for _ in range(TRIES):
         params = {role: w.clone().requires_grad_(not role.startswith("norm")) for role, w in start.items()}
         moving = [p for p in params.values() if p.requires_grad]

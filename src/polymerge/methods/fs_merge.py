@@ -38,7 +38,7 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 class Method:
     """Foldable super-network. `rank` of the learned maps; Adam for `steps` of `tokens` at `lr`, decaying to zero."""
 
-    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"lr": 1e-3})
+    GRID: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"lr": 6e-3}, {"lr": 6e-3, "steps": 800})
 
     weights: tuple[float, ...] = ()
     rank: int = 16

@@ -5,7 +5,8 @@ from its default must be understood: otherwise opening stops and names what is u
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Source:
         self.device, self.dtype = device, dtype
         self.family, self.config, self.spec = read_config(self.checkpoint)
         self._strip = self._stored_without_prefix()
+        if self.spec.tied and self._has_another_head():
+            self.spec = replace(self.spec, tied=False, features=self.spec.features | {"head"})
         self._check_names()
 
     @property
@@ -60,25 +63,27 @@ class Source:
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
         """Logits of a batch, layer by layer (batch, time, vocab)."""
-        outer = self.outer()
-        x = decoder.embed(self.spec, outer, tokens)
-        for index in range(self.spec.layers):
-            x = decoder.layer(self.spec.at(index), self.layer(index), x).out
-        return decoder.logits(self.spec, outer, x)
+        [states] = self.states([tokens])
+        return decoder.logits(self.spec, self.outer(), states)
 
     @torch.no_grad()
     def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Tensor:
         """Log p(next token) at every position but the last (row, time - 1), one layer in memory at a time."""
-        outer = self.outer()
-        states = [decoder.embed(self.spec, outer, rows.to(self.device)) for rows in tokens.split(batch)]
-        for index in range(self.spec.layers):
-            spec, weights = self.spec.at(index), self.layer(index)
-            states = [decoder.layer(spec, weights, x).out for x in states]
-        scores = []
-        for rows, x in zip(tokens.split(batch), states, strict=True):
+        outer, scores, batches = self.outer(), [], tokens.split(batch)
+        for rows, x in zip(batches, self.states(batches), strict=True):
             log_probs = decoder.logits(self.spec, outer, x[:, :-1]).log_softmax(-1)
             scores.append(log_probs.gather(-1, rows[:, 1:, None].to(self.device))[..., 0].cpu())
         return torch.cat(scores)
+
+    @torch.no_grad()
+    def states(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The last states (row, time, resid) of batches of tokens (row, time), each layer read once for all of them."""
+        outer = self.outer()
+        states = [decoder.embed(self.spec, outer, tokens.to(self.device)) for tokens in batches]
+        for index in range(self.spec.layers):
+            spec, weights = self.spec.at(index), self.layer(index)
+            states = [decoder.layer(spec, weights, x).out for x in states]
+        return states
 
     def _load(self, index: int | None) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
@@ -105,6 +110,17 @@ class Source:
         self._stored = frozenset(self.checkpoint.names)
         prefix = self.family.prefix
         return "" if any(n.startswith(prefix) for n in self._stored) else prefix
+
+    def _has_another_head(self) -> bool:
+        """Whether a head is stored beside the embedding that it should be, and is not: transformers takes the head."""
+        [embed] = [row for row in self.family.tensors if row.roles == ("embed.weight",)]
+        stored = [
+            name for row in self.family.tensors if row.when == "head" if (name := self._name(row, None)) in self._stored
+        ]
+        return any(
+            not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(self._name(embed, None)))
+            for name in stored
+        )
 
     def _check_names(self) -> None:
         expected = {name: row for row in self._rows() for name in self._names(row)}

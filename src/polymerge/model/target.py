@@ -26,16 +26,16 @@ def sink(family: Family, target: Spec, writer: CheckpointWriter) -> Callable[[in
     return emit
 
 
-def hf_config(family: Family, target: Spec, anchor: Source, speaker: Source | None = None) -> Any:
-    """The transformers config of a target; the special tokens are those of `speaker`, default the anchor."""
+def hf_config(family: Family, target: Spec, lead: Source, speaker: Source | None = None) -> Any:
+    """The transformers config of a target that rotates as `lead`; special tokens as of `speaker`, default the lead."""
     from transformers import AutoConfig
 
     assert family.write is not None
-    config = (speaker or anchor).config
+    config = (speaker or lead).config
     special = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     keys = family.write(target)
-    if target.frequencies == anchor.spec.frequencies:  # scaled rotary embeddings too
-        keys["rope_parameters"] = rope.parameters(anchor.config)
+    if target.frequencies == lead.spec.frequencies:  # scaled rotary embeddings too
+        keys["rope_parameters"] = rope.parameters(lead.config)
     config = AutoConfig.for_model(family.model_type, **keys, **special)
     config.architectures = [family.architecture]
     return config
