@@ -216,3 +216,8 @@ def test_of_two_experts_of_one_skill_the_better_one_is_kept(folder):
     assert result.owners == {"prose": "prose", "same": "prose"}
     for row in result.skills.values():
         assert row["fold"] == pytest.approx(row["experts"]["prose"], abs=2e-3)
+        assert row["owner"] == row["experts"]["prose"]  # what "over owner" is over
+    assert result.summary()["left_out"] == ["same"]
+    card = (result.out / "README.md").read_text()
+    assert "Without same: others predict its text better." in card
+    assert "noise" not in card.split("---")[1]  # whose weights are none of its base models

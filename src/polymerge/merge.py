@@ -95,6 +95,11 @@ class MergeResult:
         losses = {name: row[last] - row["owner"] for name, row in self.skills.items()}
         return max(losses.items(), key=lambda item: (math.isnan(item[1]), item[1])) if losses else None
 
+    @property
+    def left_out(self) -> list[str]:
+        """Experts that are not in the result: others predict their texts better."""
+        return [name for name in self.expert_parameters if self.owners and name not in self.owners.values()]
+
     def summary(self) -> dict[str, Any]:
         """Plain data, as in summary.json."""
         plain = {key: value for key, value in vars(self).items() if key not in _NOT_PLAIN}
@@ -105,6 +110,7 @@ class MergeResult:
             "stage_seconds": self.seconds,
             "stage_cpu_seconds": self.cpu_seconds,
             "out": str(self.out) if self.out else None,
+            "left_out": self.left_out,
             "worst_skill": {"name": worst[0], "excess": worst[1]} if worst else None,
             "preflight": self.report.summary(),
         }
@@ -297,11 +303,14 @@ class Job:
         return student
 
     def _calibrate(self) -> Calibration:
-        """The rows of the merge; experts that own no skill have no part in it."""
+        """The rows of the merge; experts that own no skill have no part in it (`MergeResult.left_out`)."""
         texts, self.owners = calibrate(
             self.recipe, self.readers, self.skills, self.tokenizer, judge=self.recipe.method == "fold"
         )
         self.part = [k for k in self.sources if k in self.owners.values()]
+        for skill, owner in self.owners.items():  # what the result is compared with, and learns from
+            row = self.result.skills[skill]
+            row["owner"] = row["experts"][owner]
         if len(self.part) < len(self.sources):
             specs = {k: s.spec for k, s in self.sources.items()}
             self.shapes = planning.make(

@@ -132,21 +132,22 @@ def finish(
             **({"bases": bases} if (bases := [base.file_digests() for base in _bases(recipe)]) else {}),
         },
     ))  # fmt: skip
+    part = {name: source for name, source in sources.items() if name not in result.left_out}
     writer.text("README.md", model_card(Card(
-        title=f"Merge of {', '.join(recipe.experts)}",
-        base_models=[hub.title(s.path) for s in sources.values()],
+        title=f"Merge of {', '.join(part)}",
+        base_models=[hub.title(s.path) for s in part.values()],
         method=recipe.method,
         recipe=text,
         description=_describe(recipe, result),
         parameters=result.parameters,
         skills=[SkillRow(k, r["owner"], r["union"], r["fold"], r["healed"]) for k, r in result.skills.items()],
-        licenses=[preflight.licence(s.path) for s in sources.values()],
+        licenses=[preflight.licence(s.path) for s in part.values()],
         facts={name: str(value) for name, value in result.shape.items()},
     )))  # fmt: skip
 
 
 def _describe(recipe: Recipe, result: "MergeResult") -> str:
-    experts = len(recipe.experts)
+    experts = len(recipe.experts) - len(result.left_out)
     if recipe.method == "union":
         return (
             f"All {experts} experts whole, mixed per token by a Bayesian gate. Load model and tokenizer with "
@@ -157,7 +158,8 @@ def _describe(recipe: Recipe, result: "MergeResult") -> str:
     )
     many = "One language model" if experts == 1 else f"{experts} language models"
     how = f"averaged by {recipe.method}" if recipe.method != "fold" else "folded in closed form, layer by layer,"
+    without = f" Without {', '.join(result.left_out)}: others predict its text better." if result.left_out else ""
     return (
-        f"{many} {how} into one {result.shape['family']} decoder{healed}. "
+        f"{many} {how} into one {result.shape['family']} decoder{healed}.{without} "
         "A stock transformers checkpoint: no remote code."
     )

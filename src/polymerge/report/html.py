@@ -102,7 +102,7 @@ def _skills(summary: Mapping[str, Any]) -> str:
     marked = [name == loser for name in skills]
     return table(header, rows, marked) + (
         '<p class="note">Bits per byte. The worst skill is bold: it is what a merge is judged by. '
-        "The owner is the expert that a skill came from.</p>"
+        "The owner of a skill is its own expert, unless another predicts its text better.</p>"
     )
 
 
