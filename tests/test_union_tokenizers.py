@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from polymerge.align.token_bytes import token_bytes
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
-from polymerge.errors import TextError
-from polymerge.methods._union_bytes import score_union
 from polymerge.methods._union_config import UnionConfig
 from polymerge.methods._union_donors import FLOOR, Reader
 from polymerge.methods._union_modeling import UnionForCausalLM
@@ -292,58 +290,3 @@ def test_a_checkpoint_keeps_its_tokenizers(tmp_path):
         torch.testing.assert_close(union(ids).logits, expected, atol=1e-9, rtol=1e-9)
         if folder == "out":
             union.save_pretrained(tmp_path / "again")
-
-
-# ------------------------------------------------------------ bits per byte
-
-
-class Scorer:
-    """A model with the `log_probs` of a source."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def log_probs(self, tokens):
-        scores = self.model(tokens).logits[:, :-1].log_softmax(-1)
-        return scores.gather(-1, tokens[:, 1:, None])[..., 0]
-
-
-def test_bits_per_byte_of_the_mixture():
-    """α = 0: per document Σ_k p_k / K over the experts' own tokens, over all bytes."""
-    names = ["merged", "pieces", "plain"]
-    sources, tokenizers = {n: Scorer(expert(n)) for n in names}, {n: make_tokenizer(n) for n in names}
-    texts = [t for t in TEXTS if not t.startswith(" ")]
-    found = score_union(sources, tokenizers, texts, 0.0)
-    assert found.bytes == sum(len(t.encode()) for t in texts)
-    total, alone = 0.0, dict.fromkeys(names, 0.0)
-    for text in texts:
-        joint = []
-        for name in names:
-            lead = tokenizers[name].eos_token_id
-            ids = torch.tensor([[lead, *tokenizers[name](text, add_special_tokens=False)["input_ids"]]])
-            joint.append(sources[name].log_probs(ids).sum())
-            alone[name] -= float(joint[-1])
-        total -= float(torch.stack(joint).logsumexp(0)) - math.log(3)
-    per_byte = 1 / (math.log(2) * found.bytes)
-    assert found.union == pytest.approx(total * per_byte)
-    assert found.experts == pytest.approx({n: v * per_byte for n, v in alone.items()})
-    assert score_union(sources, tokenizers, [t.encode() for t in texts], 0.0) == found
-
-
-def test_windows_of_long_documents_lose_no_byte():
-    names = ["merged", "plain"]
-    sources, tokenizers = {n: Scorer(expert(n)) for n in names}, {n: make_tokenizer(n) for n in names}
-    text = " ".join(TRAINING)
-    assert score_union(sources, tokenizers, [text], 0.01, length=20).bytes == len(text)
-    assert score_union(sources, tokenizers, [text], 0.01, length=20, limit=2).bytes < 40
-
-
-@pytest.mark.parametrize(
-    ("texts", "length", "message"),
-    [([], 256, "no chunk of text"), ([b"\xff"], 256, "byte 0 of a document"), (["the others"], 2, "larger `length`")],
-)
-def test_texts_that_cannot_be_scored(texts, length, message):
-    names = ["merged", "plain"]
-    sources, tokenizers = {n: Scorer(expert(n)) for n in names}, {n: make_tokenizer(n) for n in names}
-    with pytest.raises(TextError, match=message):
-        score_union(sources, tokenizers, texts, 0.0, length=length)

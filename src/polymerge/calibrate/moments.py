@@ -42,9 +42,6 @@ class Moments:
         self.cross += (x.T @ (y.to(x.dtype) * weight[:, None].to(x.dtype))).double()
         self.weight += float(weight.sum())
 
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.gram + other.gram, self.cross + other.cross, self.weight + other.weight)
-
     def damped(self, ridge: float, inputs: Tensor | None = None) -> Float[Tensor, "m m"]:
         """The Gram matrix of the chosen inputs plus λ times its mean diagonal; positive definite.
 

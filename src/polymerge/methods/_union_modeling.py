@@ -154,11 +154,6 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         weights: Tensor = self(input_ids, attention_mask, use_cache=False, logits_to_keep=1).gate_weights
         return weights
 
-    def mixture_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Log-probabilities (B, T, V) of the token after each position."""
-        logits: Tensor = self(input_ids, attention_mask, use_cache=False).logits
-        return logits
-
     def forward(
         self,
         input_ids: Tensor | None = None,

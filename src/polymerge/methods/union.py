@@ -22,12 +22,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from polymerge.align.same import same_vocabulary
-from polymerge.align.token_bytes import BYTE_CHARACTER, as_view
+from polymerge.align.token_bytes import BYTE_CHARACTER, ByteView, as_view
+from polymerge.calibrate.packing import adds_bos
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.checkpoint.writer import CheckpointWriter
 from polymerge.errors import CheckpointError, RecipeError
 from polymerge.methods import _union_cache, _union_config, _union_donors, _union_gate, _union_modeling
-from polymerge.methods._union_bytes import lead
 from polymerge.methods._union_config import UnionConfig
 from polymerge.methods._union_modeling import UnionForCausalLM
 
@@ -179,7 +179,7 @@ def _table(tokenizer: Any) -> bytes:
         "space": view.space,
         "roles": dict(view.roles),
         "literals": {b.decode(): i for i, b in enumerate(view.surface) if view.special[i] and view.pieces[i]},
-        "lead": lead(view),
+        "lead": _lead(view),
         "alphabet": [BYTE_CHARACTER[b] for b in range(256)],
     }
     return zlib.compress(json.dumps(facts, sort_keys=True).encode(), 9)
@@ -229,3 +229,9 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
         if floating
         else torch.float32
     )
+
+
+def _lead(view: ByteView) -> list[int]:
+    """The token that comes before a text: the beginning token if the tokenizer puts one, else the end token."""
+    wanted = ("bos", "eos") if adds_bos(view.tokenizer) else ("eos", "bos")
+    return [view.roles[role] for role in wanted if role in view.roles][:1]
