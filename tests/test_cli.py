@@ -200,7 +200,10 @@ def test_eval(call, tmp_path, save_model):
     assert 6 < found["a"]["bits_per_byte"] < 10  # a random model knows nothing: about 8
     every = json.loads(call("eval", model, *texts, "--length", 64, "--split", "all", "--json").stdout)
     assert every["a"]["tokens"] > 5 * found["a"]["tokens"]
-    assert "bits per byte" in call("eval", model, *texts, "--length", 64).stdout
+    assert {row["length"] for row in found.values()} == {64}
+    shown = call("eval", model, *texts, "--length", 64).stdout
+    assert "bits per byte" in shown
+    assert "tokens a row" in shown
 
 
 def test_eval_wants_a_name(call, tmp_path):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from polymerge.calibrate.texts import Rows, pack
-from polymerge.checkpoint import Checkpoint, CheckpointWriter
+from polymerge.checkpoint import Checkpoint, CheckpointWriter, lock_text
 from polymerge.errors import CheckpointError, TextError
 from polymerge.evaluate import bits_per_byte, evaluate, exact_match, is_own_union, load_for_evaluation
+from polymerge.recipe import parse
 
 
 class Output:
@@ -152,6 +153,24 @@ def test_evaluate_a_folder(tmp_path, save_model, sums):
     for result in found.values():
         assert 7 < result["bits_per_byte"] < 10  # random weights, one token a byte
     assert evaluate(folder, texts, length=32, limit=20) == found
+
+
+def test_a_merge_is_measured_as_it_measured_itself(tmp_path, save_model, sums):
+    """By the rows and the split that its lock names, unless others are asked for."""
+    from polymerge.record import plain
+
+    folder, texts = save_model(tmp_path / "m", max_position_embeddings=48), {"s": sums}
+    expert = {"model": "m", "text": "sums.jsonl"}
+    recipe = parse({"method": "fold", "anchor": "s", "experts": {"s": expert}, "fold": {"length": 24}, "seed": 3})
+    alone = evaluate(folder, texts, max_new_tokens=1)
+    assert alone == evaluate(folder, texts, max_new_tokens=1, length=48, seed=0)  # 256, but for the context
+    lock = lock_text(recipe=plain(recipe), sources={}, texts={}, calibration="", seed=3)
+    (folder / "polymerge-lock.json").write_text(lock)
+    found = evaluate(folder, texts, max_new_tokens=1)
+    assert found["s"]["length"] == 24
+    assert found == evaluate(folder, texts, max_new_tokens=1, length=24, seed=3)
+    assert found != evaluate(folder, texts, max_new_tokens=1, seed=0)
+    assert evaluate(folder, texts, max_new_tokens=1, length=48, seed=0) == alone
 
 
 def test_split_test_is_a_tenth_of_all(tmp_path, save_model, sums):

@@ -151,9 +151,13 @@ def evaluate(
     split: Annotated[
         Split, typer.Option(help="test: the tenth that a merge never sees; all: everything.")
     ] = Split.test,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a row; default the merge's that made the model, else 256.")
+    ] = None,
     field: Annotated[str, typer.Option(help="The key of a JSON record that holds its text.")] = "text",
-    seed: Annotated[int, typer.Option(min=0, help="The recipe's seed: it decides the split.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="It decides the split; default the merge's that made the model, else 0.")
+    ] = None,
     device: OnDevice = Device.auto,
     as_json: Json = False,
 ) -> None:

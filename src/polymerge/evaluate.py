@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from polymerge import families
 from polymerge.calibrate.texts import Rows, adds_bos, pack, pairs, read_skill
 from polymerge.calibrate.tokenizer import chat_of, load_tokenizer
+from polymerge.checkpoint.lock import measured_by
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import CheckpointError
 
+LENGTH = 256
+"""Tokens a row, of a model that no merge made."""
 _METHODS = Path(__file__).parent / "methods"
 
 
@@ -155,8 +158,8 @@ def evaluate(
     *,
     split: str = "test",
     field: str = "text",
-    seed: int = 0,
-    length: int = 256,
+    seed: int | None = None,
+    length: int | None = None,
     limit: int | None = None,
     batch: int = 16,
     bos: bool | None = None,
@@ -164,17 +167,23 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, float | int | None]]:
-    """Measure a checkpoint folder on named texts: {name: {bits_per_byte, exact_match, tokens, bytes}}.
+    """Measure a checkpoint folder on named texts: {name: {bits_per_byte, exact_match, tokens, bytes, length}}.
 
     split: "test" measures the tenth that a merge with the same seed never sees, "all" the whole text.
-    length: tokens a row, at most the model's context. limit: at most so many rows (and prompts) a text.
+    seed, length: of the split, and tokens a row, at most the model's context; by default as the merge that made the
+    folder had them, so that its table comes out again, else 0 and 256.
+    limit: at most so many rows (and prompts) a text; a merge reads `readers.TEST_ROWS` of them.
     bos: begin rows and prompts with the bos token; by default, if the tokenizer does so by itself.
     texts: files or folders of each. exact_match is None where they have no prompt/answer records. They are read before
     the model is.
     """
     if split not in ("test", "all"):
         raise ValueError(f"split is {split!r}; expected 'test' or 'all'")
-    chat = chat_of(load_tokenizer(Checkpoint(path).path))
+    folder = Checkpoint(path).path
+    merged = measured_by(folder)
+    seed = merged.get("seed", 0) if seed is None else seed
+    length = merged.get("length", LENGTH) if length is None else length
+    chat = chat_of(load_tokenizer(folder))
     documents: dict[str, list[str]] = {}
     questions: dict[str, list[tuple[str, str]]] = {}
     for name, given in texts.items():
@@ -186,10 +195,10 @@ def evaluate(
         questions[name] = [(q, a) for q, a in pairs(paths, field=field, chat=chat) if q + a in among][:limit]
     model, tokenizer = load_for_evaluation(path, dtype=dtype, device=device)
     context = getattr(model.config, "max_position_embeddings", None) or length
-    lead = adds_bos(tokenizer) if bos is None else bos
+    length, lead = min(length, context), adds_bos(tokenizer) if bos is None else bos
     results: dict[str, dict[str, float | int | None]] = {}
     for name, chosen in documents.items():
-        rows = pack(tokenizer, chosen, min(length, context), limit=limit, bos=lead)
+        rows = pack(tokenizer, chosen, length, limit=limit, bos=lead)
         asked = questions[name]
         results[name] = {
             "bits_per_byte": bits_per_byte(model, rows, batch=batch),
@@ -198,6 +207,7 @@ def evaluate(
             else None,
             "tokens": rows.tokens[:, 1:].numel(),
             "bytes": rows.bytes,
+            "length": length,
         }
     return results
 

@@ -7,7 +7,10 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from polymerge.checkpoint.header import read_json
 
 LOCK = "polymerge-lock.json"
 FORMAT = 1
@@ -50,3 +53,12 @@ def lock_text(
         **(extra or {}),
     }
     return json.dumps(lock, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def measured_by(folder: Path) -> dict[str, int]:
+    """The `seed` of the split and the `length` of the rows that a merge measured its result by; none without a lock."""
+    if not (folder / LOCK).is_file():
+        return {}
+    recipe = read_json(folder / LOCK, "expected the lock of a merge").get("recipe", {})
+    found = {"seed": recipe.get("seed"), "length": recipe.get("fold", {}).get("length")}
+    return {key: value for key, value in found.items() if isinstance(value, int)}

@@ -66,11 +66,12 @@ def merged(summary: Mapping[str, Any], out: str | None) -> RenderableType:
 
 def measured(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What `evaluate` found, a row for each text."""
-    numbers = ("bits per byte", "exact match", "tokens", "bytes")
+    numbers = ("bits per byte", "exact match", "tokens", "bytes", "tokens a row")
     made = table("text", *numbers, numbers=numbers)
     for name, row in found.items():
         match = "–" if row["exact_match"] is None else f"{row['exact_match']:.1%}"
-        made.add_row(name, bits(row["bits_per_byte"]), match, f"{row['tokens']:,}", f"{row['bytes']:,}")
+        counts = (f"{row[key]:,}" for key in ("tokens", "bytes", "length"))
+        made.add_row(name, bits(row["bits_per_byte"]), match, *counts)
     return made
 
 
