@@ -114,10 +114,11 @@ def test_folder_is_walked_and_only_text_is_taken(tmp_path):
     (tmp_path / "src/weights.bin").write_bytes(b"\xff\xfe\x00" * 100)
     (tmp_path / "src/nul.dat").write_bytes(b"a\0b" * 100)
     (tmp_path / "src/empty.py").write_text("")
+    (tmp_path / "src/table.csv").write_text("x,y\n1,2\n")  # text, as all that lies in a folder of code
     (tmp_path / "src/.hidden").write_text(prose(10, 4))
     skill = read_skill("src", [tmp_path / "src"])
     names = [f["name"] for f in skill.split_record()["files"]]
-    assert names == ["src/a.py", "src/deep/b.md", "src/deep/c.json", "src/package.json"]
+    assert names == ["src/a.py", "src/deep/b.md", "src/deep/c.json", "src/package.json", "src/table.csv"]
 
 
 def test_in_a_folder_of_code_json_without_records_is_text(tmp_path):
@@ -150,8 +151,13 @@ def test_json_kinds(tmp_path):
     stories = [f"story {i} " + "word " * 30 for i in range(40)]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps({"body": s}) for s in stories))
     (tmp_path / "a.json").write_text(json.dumps([{"body": s} for s in stories]))
-    one, two = (read_skill("a", [tmp_path / f"a.{kind}"], field="body") for kind in ("jsonl", "json"))
-    assert parts(one) == parts(two)
+    for name, known in (("a.ndjson", "a.jsonl"), ("b.JSONL", "a.jsonl"), ("b.Json", "a.json")):
+        (tmp_path / name).write_bytes((tmp_path / known).read_bytes())
+    one, *others = (
+        read_skill("a", [tmp_path / name], field="body")
+        for name in ("a.jsonl", "a.json", "a.ndjson", "b.JSONL", "b.Json")
+    )
+    assert all(parts(other) == parts(one) for other in others)
     assert sorted(documents_of(one)) == sorted(stories)
 
 
@@ -225,6 +231,14 @@ BAD = [
     ("t.jsonl", b"[1]", "line 1 is a JSON list; expected an object"),
     ("t.json", b'{"text": "x"}', "JSON dict; expected a list of objects"),
     ("t.jsonl", b'{"text": "\\ud800"}', "half a surrogate pair"),
+    (
+        "t.json",
+        b'{"text": "x"}\n{"text": "y"}',
+        r"not JSON \(Extra data.*; where each line is an object, call the .*jsonl",
+    ),
+    ("t.csv", b"text\nx\n", r"is a table; expected .*`pandas\.read_csv\(FILE\)\.to_json.*set `field` to the column"),
+    ("t.TSV.gz", b"", r"is a table.*read_csv\(FILE, sep='\\t'\)"),
+    ("t.parquet", b"PAR1\xff", r"is a table.*read_parquet"),
 ]
 
 

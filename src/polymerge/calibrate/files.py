@@ -1,9 +1,9 @@
 """Text files of any common kind, read into documents.
 
-A folder is walked in sorted order. `.jsonl` is one object a line, `.json` a list of objects: a document is
+A folder is walked in sorted order. `.jsonl` (`.ndjson`) is one object a line, `.json` a list of objects: a document is
 the object's `field`, or else its `prompt` followed by its `answer` (or `completion`), or else its `messages` as a chat
 template writes them. Any other file is plain text, cut at line ends into blocks of about `BLOCK` characters, so that a
-single long book can be split too. Each may be compressed (`.gz`).
+single long book can be split too. Each may be compressed (`.gz`). A table (`TABLES`) that is named itself is refused.
 """
 
 import gzip
@@ -19,8 +19,11 @@ from polymerge._suggest import closest
 from polymerge.errors import TextError
 
 BLOCK = 2000  # characters
-RECORDS = {".json": re.compile(r"\s*\[\s*\{"), ".jsonl": re.compile(r"\s*\{")}
+_OBJECT = re.compile(r"\s*\{")
+RECORDS = {".json": re.compile(r"\s*\[\s*\{"), ".jsonl": _OBJECT, ".ndjson": _OBJECT}
 """How a file of records begins, by its ending."""
+TABLES = {".csv": "read_csv(FILE)", ".tsv": "read_csv(FILE, sep='\\t')", ".parquet": "read_parquet(FILE)"}
+"""Which column is the text they do not say; how pandas reads them."""
 Chat = Callable[[list[Any]], str]
 """Messages, each with a role and a content, as one text."""
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -96,8 +99,14 @@ def _label(path: Path, file: Path) -> str:
 
 def _read(file: Path, label: str, field: str, chat: Chat | None, *, named: bool) -> Source | None:
     """Read one file; one that is no text is an error where it was named itself, and skipped in a folder."""
-    packed = file.suffix == ".gz"
-    kind = file.with_suffix("").suffix if packed else file.suffix
+    packed = file.suffix.lower() == ".gz"
+    kind = (file.with_suffix("") if packed else file).suffix.lower()
+    if named and kind in TABLES:
+        raise TextError(
+            f"{file}: is a table; expected text or JSON records. Convert it:"
+            f" `pandas.{TABLES[kind]}.to_json('FILE.jsonl', orient='records', lines=True)`, and set `field` to the"
+            " column of its text"
+        )
     try:
         data = file.read_bytes()
         if packed:
@@ -131,7 +140,7 @@ def _read(file: Path, label: str, field: str, chat: Chat | None, *, named: bool)
 def _items(file: Path, kind: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each record of a JSON or JSONL file."""
     if kind == ".json":
-        found = _json(f"{file}", text)
+        found = _json(f"{file}", text, "; where each line is an object, call the file .jsonl")
         if not isinstance(found, list):
             raise TextError(f"{file}: holds a JSON {type(found).__name__}; expected a list of objects")
         records = [(f"{file}: item {i}", item) for i, item in enumerate(found)]
@@ -145,11 +154,13 @@ def _items(file: Path, kind: str, text: str) -> Iterator[tuple[str, dict[str, An
         yield where, item
 
 
-def _json(where: str, text: str) -> Any:
+def _json(where: str, text: str, of_lines: str = "") -> Any:
+    """`of_lines`: what to say where more follows a whole object."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TextError(f"{where}: not JSON ({error})") from error
+        hint = of_lines if getattr(error, "msg", "") == "Extra data" else ""
+        raise TextError(f"{where}: not JSON ({error}){hint}") from error
 
 
 def _pair(item: dict[str, Any]) -> tuple[str, str] | None:
