@@ -427,6 +427,29 @@ def test_less_text_than_asked_for_is_a_warning(look, made):
     assert "healing asks for 100,000" in text
 
 
+def test_too_few_rows_are_a_warning(look, made):
+    model = made("llama")
+    level, text = found(look(model, model, fold={"length": 32, "tokens": 1}), "fold.tokens")
+    assert level == "warning"
+    assert text.startswith("1 rows of 32 tokens")
+    for fold, method in (({"tokens": 256}, "fold"), ({"tokens": 1}, "union")):
+        assert "fold.tokens" not in subjects(look(model, model, fold={"length": 32, **fold}, method=method))
+
+
+def test_experts_that_are_one_model_or_have_one_text_are_a_warning(look, made, texts, tmp_path):
+    one, other = made("llama"), made("second", seed=1)
+    told = {"b: model", "b: text"}
+    (tmp_path / "copy.txt").write_bytes((texts / "a.txt").read_bytes())
+    for model, file, expected in (
+        (other, "b.txt", set()),
+        (one, "b.txt", {"b: model"}),
+        (other, "a.txt", {"b: text"}),
+        (other, tmp_path / "copy.txt", {"b: text"}),
+    ):
+        report = look(one, model, changes={"b": str(texts / file)})
+        assert {f.subject for f in report.of("warning")} & told == expected
+
+
 def test_what_a_lean_fold_leaves_out_is_told(look, made):
     few = {"length": 32, "tokens": 64, "refine": 0, "trials": False}
     level, text = found(look(made("llama"), made("llama"), fold=few, heal={"tokens": "10k", "length": 32}), "fold")

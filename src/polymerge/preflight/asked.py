@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from polymerge import methods
+from polymerge.calibrate.texts import Skill
 from polymerge.checkpoint import hub
 from polymerge.errors import OutputError
 from polymerge.methods import union
@@ -53,6 +55,29 @@ def without_effect(recipe: Recipe) -> Iterator[Finding]:
     for key in unused:
         if key in recipe.model_fields_set and getattr(recipe, key) is not None:
             yield Finding("warning", key, f"has no effect: {recipe.method} {why}")
+
+
+FEW = 8
+"""Rows of a text below which they can't tell whose skill it is, let alone fit anything."""
+
+
+def few_rows(recipe: Recipe) -> Iterator[Finding]:
+    """A calibration that is a slip of the pen."""
+    rows, length = max(1, recipe.fold.tokens // recipe.fold.length), recipe.fold.length
+    if recipe.method != "union" and rows < FEW:
+        text = f"{rows} rows of {length} tokens of each text are too few to merge by; give {FEW * length:,} or more"
+        yield Finding("warning", "fold.tokens", text)
+
+
+def alike(sources: Mapping[str, Source], texts: Mapping[str, Skill]) -> Iterator[Finding]:
+    """Experts that are one model, or whose texts are the same: a slip, most likely."""
+    for one, other in combinations(sources, 2):
+        if _real(sources[one].path) == _real(sources[other].path):
+            yield Finding("warning", f"{other}: model", f"the same folder as {one!r}: a model merged with itself")
+        mine, theirs = ({digest for _, digest, _ in texts[name].files} for name in (one, other))
+        if mine and mine == theirs:
+            text = f"the same files as of {one!r}: nothing tells the experts' skills apart"
+            yield Finding("warning", f"{other}: text", text)
 
 
 def check_method(
