@@ -113,6 +113,31 @@ def test_texts_wanted_for_fold_and_healing(fold, heal, wanted):
     assert parse(data(fold=fold, heal=heal)).wanted == wanted
 
 
+@pytest.mark.parametrize("key", ["tokenizer", "size", "family", "heal", "fold", "union", "options", "dtype", "seed"])
+def test_a_key_left_empty_is_not_given(key):
+    assert parse(data(**{key: None})) == parse(data())
+
+
+def test_a_key_left_empty_within_another_is_not_given():
+    expert = {"model": "a", "text": None, "field": None, "write": "40k"}
+    found = parse(data(experts={"a": expert}, fold={"tokens": None}, union={"alpha": None}, heal={}))
+    assert found.experts["a"] == Expert(model=Path("a"), write=40_000)
+    assert (found.fold, found.union) == (LEAN, Union())
+
+
+def test_short_names_and_counts():
+    assert [parse(data(dtype=d)).dtype for d in ("bf16", "fp16", "fp32")] == ["bfloat16", "float16", "float32"]
+    assert parse(data(fold={"refine": "1k"})).fold.refine == 1000
+
+
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expert = {"model": "~/m", "text": ["~/t.txt", "~nobody-of-that-name/t.txt"]}
+    found = parse(data(experts={"a": expert}), folder=Path("/r")).experts["a"]
+    assert found.model == tmp_path / "m"
+    assert found.text == [tmp_path / "t.txt", Path("/r/~nobody-of-that-name/t.txt")]
+
+
 def test_union_is_a_size():
     assert parse(data(size="union")).size == "union"
 
@@ -126,10 +151,27 @@ def test_union_is_a_size():
         ({"union": {"alhpa": 0.5}}, "union.alhpa: unknown key; did you mean 'alpha'?"),
         ({"heal": {"tokns": 5}}, "key 'tokns'; did you mean 'tokens'?"),
         ({"size": {"widht": 5}}, "size.widht: unknown key; did you mean 'width'?"),
-        ({"experts": {"a": {"modle": "a", "text": ["t"]}}}, "experts.a.model: Field required"),
+        ({"experts": {"a": {"modle": "a", "text": ["t"]}}}, "experts.a.modle: unknown key; did you mean 'model'?"),
+        ({"experts": {"a": {"text": ["t"]}}}, "experts.a.model: Field required"),
         ({"method": "flod"}, "no method 'flod'; did you mean 'fold'?"),
         ({"anchor": "c"}, "anchor: 'c' is not among the experts (a, b)"),
-        ({"experts": {}}, "experts: "),
+        ({"experts": {}}, "experts: expected a name for each expert, with its model and its text"),
+        ({"experts": ["a"]}, "experts: expected a name for each expert"),
+        ({"experts": {"a": "../m/x"}}, "experts.a: '../m/x' is no set of keys; write {model: ../m/x, text: FILE}"),
+        ({"experts": {1: {"model": "a", "text": "t"}}}, "experts: YAML reads the name 1 as int; quote it"),
+        ({"experts": {True: {"model": "a", "text": "t"}}}, "the name True as bool; quote it"),
+        *(({"experts": {n: {}}}, f"experts: {n!r} is no name") for n in ("", "a\nb", "..", "../b", "a\\b")),
+        ({"experts": {"a": {"model": "a", "text": "https://x.y/z"}}}, "text: 'https://x.y/z' is an address; texts are"),
+        ({"experts": {"a": {"model": "https://x.y/z", "text": "t"}}}, "or hf:ORG/NAME"),
+        ({"merge_method": "ties", "method": None}, "merge_method: is a key of mergekit's format"),
+        ({"metod": "fold", "method": None}, "metod: unknown key; did you mean 'method'?"),
+        ({"metod": None}, "metod: unknown key"),
+        ({"fold": {"densty": None}}, "fold.densty: unknown key"),
+        ({"fold": 5}, "fold: expected keys, found 5"),
+        ({"fold": {"refine": "much"}}, "fold.refine: 'much' is not a count"),
+        ({"size": "1.5x"}, "size: '1.5x' is neither a set of keys nor union; write {params: 1.5x}"),
+        ({"heal": "100k"}, "heal: '100k' is no set of keys; write {tokens: 100k}"),
+        ({"heal": True}, "write {tokens: 400k}"),
         (
             {"experts": {"a": {"model": "a", "text": []}}},
             "experts.a: no text; name files of the expert's skill, or set",

@@ -15,7 +15,8 @@ Paths are relative to the recipe's folder. Unknown keys are refused with the nea
 """
 
 import math
-from collections.abc import Hashable
+import os
+from collections.abc import Container, Hashable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +51,16 @@ Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_given(cls, data: Any) -> Any:
+        return _given(data, cls.model_fields) if isinstance(data, dict) else data
+
+
+def _given(data: dict[Any, Any], known: Container[str]) -> dict[Any, Any]:
+    """Without the known keys that are left empty; an unknown one stays, to be refused."""
+    return {key: value for key, value in data.items() if value is not None or key not in known}
+
 
 class Expert(_Strict):
     """A source model and the texts of its skill (`field`: the key of JSON records).
@@ -66,8 +77,12 @@ class Expert(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _one_text(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            raise ValueError(f"{data!r} is no set of keys; write {{model: {data}, text: FILE}}")  # noqa: TRY004  pydantic's
         if isinstance(data, dict) and isinstance(data.get("text"), str):
-            return {**data, "text": [data["text"]]}
+            data = {**data, "text": [data["text"]]}
+        if isinstance(data, dict):
+            _check_local(data)
         return data
 
     @model_validator(mode="after")
@@ -75,6 +90,15 @@ class Expert(_Strict):
         if not self.text and not self.write:
             raise ValueError("no text; name files of the expert's skill, or set write: 64k and it writes its own")
         return self
+
+
+def _check_local(expert: dict[str, Any]) -> None:
+    """An address would be read as a path, and reported with a slash less."""
+    if "://" in str(expert.get("model")):
+        raise ValueError(f"model: {expert['model']!r} is an address; expected a folder, or {hub.PREFIX}ORG/NAME")
+    for text in expert["text"] if isinstance(expert.get("text"), list) else []:
+        if "://" in str(text):
+            raise ValueError(f"text: {text!r} is an address; texts are local files: fetch it first")
 
 
 @dataclass(frozen=True)
@@ -143,7 +167,7 @@ class Fold(_Strict):
     tokens: Count = 128_000
     length: int = Field(128, ge=8)
     ownership: Literal["label", "gate"] = "label"
-    refine: int = Field(480, ge=0)
+    refine: Annotated[int, BeforeValidator(count), Field(ge=0)] = 480
     refine_lr: float = Field(4e-3, gt=0)
     trials: bool = True
     ridge: float | None = Field(None, gt=0)
@@ -157,8 +181,11 @@ class Fold(_Strict):
 
 def healing(value: object) -> object:
     """The `heal:` keys as settings of `heal.py`."""
-    if not isinstance(value, dict):
+    if isinstance(value, Heal | None):
         return value
+    if not isinstance(value, dict):
+        example = value if isinstance(value, str) else "400k"
+        raise ValueError(f"{value!r} is no set of keys; write {{tokens: {example}}}")  # noqa: TRY004  pydantic's
     known = [f.name for f in fields(Heal)]
     for key in value:
         if key not in known:
@@ -183,6 +210,14 @@ def _number(value: object) -> float:
         raise ValueError(f"{value!r} is no number") from None
 
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def dtype_name(value: object) -> object:
+    """Read "bf16" as "bfloat16"."""
+    return DTYPES.get(value, value) if isinstance(value, str) else value
+
+
 WORDS = {"lean": LEAN, "whole": {key: Fold.model_fields[key].default for key in LEAN}}
 
 
@@ -199,8 +234,27 @@ class Recipe(_Strict):
     fold: Fold = Field({}, validate_default=True)  # after `heal`, which it depends on
     union: Union = Union()
     options: dict[str, Any] = Field(default_factory=dict)
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], BeforeValidator(dtype_name)] = "bfloat16"
     seed: int = Field(0, ge=0, lt=2**62)
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if not isinstance(value, dict) or not value:
+            raise ValueError("expected a name for each expert, with its model and its text")
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(f"YAML reads the name {name!r} as {type(name).__name__}; quote it")  # noqa: TRY004  pydantic's
+            if not name.strip() or not name.isprintable() or "/" in name or "\\" in name or name in (".", ".."):
+                raise ValueError(f"{name!r} is no name for an expert; expected a word, without slashes and line ends")
+        return value
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _budget_alone(cls, value: object) -> object:
+        if isinstance(value, str | int | float) and value != "union":
+            raise ValueError(f"{value!r} is neither a set of keys nor union; write {{params: {value}}}")
+        return value
 
     @field_validator("fold", mode="before")
     @classmethod
@@ -212,7 +266,7 @@ class Recipe(_Strict):
             return WORDS[value]
         heal, folds = seen.data.get("heal"), seen.data.get("method") == "fold"
         if isinstance(value, dict) and folds and heal is not None and heal.tokens >= LONG:
-            return LEAN | value
+            return LEAN | _given(value, Fold.model_fields)
         return value
 
     @property
@@ -279,7 +333,7 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
         raise RecipeError(f"{where}: {error}") from None
     base = folder or Path()
     experts = {
-        name: e.model_copy(update={"model": _place(base, e.model), "text": [base / t for t in e.text]})
+        name: e.model_copy(update={"model": _place(base, e.model), "text": [base / _home(t) for t in e.text]})
         for name, e in recipe.experts.items()
     }
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.options.items()}
@@ -290,23 +344,33 @@ def parse(data: object, *, where: str = "recipe", folder: Path | None = None) ->
 
 def _place(base: Path, model: Path) -> Path:
     """Where a model is: relative to the recipe, but for one of the hub."""
-    return model if hub.named(model) else base / model
+    return model if hub.named(model) else base / _home(model)
+
+
+def _home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path's raises where there is no such user
 
 
 def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic as one line in the recipe's own words."""
-    problem = error.errors()[0]
+    """A complaint of pydantic in a line, in the recipe's own words: a key misspelt before what it leaves out."""
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = [str(p) for p in problem["loc"] if not str(p).startswith(("function-", "literal["))]
     if where[:2] == ["size", "Size"]:  # which of the kinds that `size` may be
         del where[1]
     key = ".".join(where)
+    if key in MERGEKIT:
+        return f"{key}: is a key of mergekit's format; polymerge's is another, which docs/recipe.md tells"
     if problem["type"] == "extra_forbidden":
         near = closest(where[-1], _known(where[:-1]))
         hint = f"; did you mean {near!r}?" if near else ";"
         return f"{key}: unknown key{hint} known: {', '.join(sorted(_known(where[:-1])))}"
-    message = problem["msg"].removeprefix("Value error, ")
+    kinds = ("model_type", "dict_type")
+    message = "expected keys" if problem["type"] in kinds else problem["msg"].removeprefix("Value error, ")
     found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
     return f"{key}: {message}{found}" if key and not message.startswith(key) else f"{message}{found}"
+
+
+MERGEKIT = ("merge_method", "models", "slices")
 
 
 def _known(path: list[str]) -> list[str]:
