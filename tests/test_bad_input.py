@@ -205,7 +205,7 @@ def test_remote_code_of_an_unknown_family(here):
 
 def test_unknown_family(here):
     edit(here / "code/config.json", model_type="gpt_neo")
-    refused(here, FamilyError, str(here / "code"), "'gpt_neo'", "did you mean 'gpt_neox'?")
+    refused(here, FamilyError, str(here / "code"), "'gpt_neo'", "known: gemma")
 
 
 def test_unknown_config_key(here):

@@ -218,10 +218,32 @@ def test_a_stored_head_counts_where_it_is_not_the_embedding(another, tmp_path):
     assert source.spec.tied is not another
 
 
-def test_unknown_family_suggests_the_nearest(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "message"), [("gemma3", "no family 'gemma3'; known: gemma, gemma2"), (None, "no `model_type`")]
+)
+def test_an_unknown_family_is_not_taken_for_its_neighbour(kind, message, tmp_path):
     save_tiny("llama", tmp_path)
-    edit_config(tmp_path, model_type="lama")
-    with pytest.raises(FamilyError, match="did you mean 'llama'"):
+    edit_config(tmp_path, model_type=kind)
+    with pytest.raises(FamilyError, match=message) as caught:
+        Source(tmp_path)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_config_keys_of_other_tools_say_nothing(tmp_path):
+    save_tiny("llama", tmp_path)
+    said = {"_attn_implementation_autoset": True, "transformers.js_config": {"dtype": "q4"}, "mergekit_version": "0.1",
+            "trust_remote_code": True, "neftune_noise_alpha": 5, "rotary_scaling_factor": 1.0}  # fmt: skip
+    edit_config(tmp_path, **said)
+    Source(tmp_path)
+    edit_config(tmp_path, rotary_scaling_factor=2.0)
+    with pytest.raises(FamilyError, match=r"'rotary_scaling_factor' is 2\.0"):
+        Source(tmp_path)
+
+
+def test_a_quantised_model_is_refused_as_such(tmp_path):
+    save_tiny("llama", tmp_path)
+    edit_config(tmp_path, clip_qkv=8.0, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(FamilyError, match=r"the model is quantised .*; merge the one from before"):
         Source(tmp_path)
 
 

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 
-from polymerge._suggest import unknown
 from polymerge.errors import FamilyError
 from polymerge.model.spec import Family
 
@@ -14,8 +13,8 @@ def names() -> tuple[str, ...]:
 
 
 def get(model_type: str) -> Family:
-    """The table of a family. Raises FamilyError with the nearest known name."""
+    """The table of a family. Raises FamilyError with the known ones: a near name is another architecture, no typo."""
     if model_type not in names():
-        raise FamilyError(f"config.json: {unknown('family', model_type, names())}")
+        raise FamilyError(f"config.json: no family {model_type!r}; known: {', '.join(names())}")
     family: Family = importlib.import_module(f"polymerge.families.{model_type}").FAMILY
     return family

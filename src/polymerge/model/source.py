@@ -20,7 +20,7 @@ from polymerge import families
 from polymerge.checkpoint.reader import Checkpoint
 from polymerge.errors import FamilyError
 from polymerge.model import decoder, rope
-from polymerge.model.spec import CANONICAL, HARMLESS, Family, Spec, Stored, axis_lengths
+from polymerge.model.spec import CANONICAL, HARMLESS, NEUTRAL, Family, Spec, Stored, axis_lengths
 
 
 class Source:
@@ -154,8 +154,10 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
 
     where = checkpoint.path / "config.json"
     raw = dict(checkpoint.config)
+    if not isinstance(kind := raw.pop("model_type", None), str):
+        raise FamilyError(f"{where}: no `model_type`, which says what the model is; get the file again")
     try:
-        family = families.get(str(raw.pop("model_type", None)))
+        family = families.get(kind)
         config = AutoConfig.for_model(family.model_type, **raw)
         declared = type(config)().to_dict()
         told = {
@@ -165,7 +167,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, Any, Spec]:
         }
         if (part := rope.partial(config)) != 1.0:  # transformers moves it into `rope_parameters`
             told["partial_rotary_factor"] = part
-        _refuse({key: told[key] for key in sorted(set(told) - family.claimed - HARMLESS)}, config.model_type)
+        unknown = {k: told[k] for k in sorted(set(told) - family.claimed - HARMLESS) if not k.startswith("_")}
+        _refuse({k: v for k, v in unknown.items() if v != NEUTRAL.get(k, ...)}, config.model_type)
         return family, config, _known_activation(family.read(config))
     except FamilyError as error:
         raise FamilyError(f"{where.parent}: {error}") from None
@@ -180,6 +183,8 @@ def _known_activation(spec: Spec) -> Spec:
 
 
 def _refuse(unknown: Mapping[str, Any], model_type: str) -> None:
+    if "quantization_config" in unknown:
+        raise FamilyError("config.json: the model is quantised (`quantization_config`); merge the one from before")
     for key, value in unknown.items():
         raise FamilyError(
             f"config.json: {key!r} is {value!r}, which the {model_type} table does not know; "

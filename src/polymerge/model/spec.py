@@ -170,13 +170,16 @@ class Family:
 
 
 HARMLESS = frozenset({
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
-    "max_sequence_length", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "architectures", "auto_map", "axolotl_config", "base_model_name_or_path", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "label2id", "max_sequence_length", "mergekit_version", "model_name", "model_type", "neftune_noise_alpha",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
+    "transformers_version", "trust_remote_code", "unsloth_fixed", "unsloth_version", "use_cache",
 })  # fmt: skip
-"""Config keys that never change the logits of a causal language model at inference."""
+"""Config keys that never change the logits of a causal language model at inference; so do none that begin with `_`."""
+NEUTRAL = {"rotary_scaling_factor": 1.0}
+"""Keys that transformers does not read, with the value that changes nothing."""
 
 
 def axis_lengths(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
