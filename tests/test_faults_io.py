@@ -49,6 +49,21 @@ def test_missing_config(model):
     refuses(model, r"config\.json: missing")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["adapter_config.json"], r"is an adapter .*merge_and_unload\(\)"),
+        (["checkpoint-90/config.json", "checkpoint-100/config.json"], r"did you mean .*/checkpoint-100\?"),
+        (["model.gguf"], r"holds model\.gguf, a format that is not read"),
+    ],
+)
+def test_what_a_folder_is_instead(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    refuses(tmp_path, message)
+
+
 @pytest.mark.parametrize(("content", "message"), [("{", "not readable as JSON"), ("[]", "JSON list")])
 def test_bad_config(model, content, message):
     (model / "config.json").write_text(content)

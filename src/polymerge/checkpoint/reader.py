@@ -24,6 +24,7 @@ from polymerge.errors import CheckpointError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER, STEP = "adapter_config.json", "checkpoint-"
 UNION = "polymerge_union"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -75,6 +76,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {kind}; expected a checkpoint folder, or {hub.PREFIX}ORG/NAME for one of the hub"
             )
+        if not (self.path / CONFIG).is_file():
+            raise CheckpointError(_no_config(self.path))
         return read_json(self.path / CONFIG, "expected a Hugging Face checkpoint folder with this file")
 
     @property
@@ -248,6 +251,21 @@ def _disagreements(weight_map: dict[str, str] | None, entries: dict[str, Entry])
             yield f"lists tensor {name!r} in {shard}, but it is in {entries[name].file}"
     for name in sorted(entries.keys() - weight_map.keys()):
         yield f"does not list tensor {name!r} of {entries[name].file}"
+
+
+def _no_config(path: Path) -> str:
+    """What to tell about a folder that is no checkpoint, by what it is instead."""
+    if (path / ADAPTER).is_file():
+        return (
+            f"{path}: is an adapter ({ADAPTER}), not a model; merge it into its base first, with peft:"
+            f" `model.merge_and_unload().save_pretrained(new_folder)`"
+        )
+    steps = [int(p.name.removeprefix(STEP)) for p in path.glob(f"{STEP}*") if p.name.removeprefix(STEP).isdigit()]
+    if steps:
+        return f"{path / CONFIG}: missing; did you mean {path / STEP}{max(steps)}?"
+    if gguf := sorted(path.glob("*.gguf")):
+        return f"{path}: holds {gguf[0].name}, a format that is not read; expected the model that it was made from"
+    return f"{path / CONFIG}: missing; expected a Hugging Face checkpoint folder with this file"
 
 
 def _no_weights(path: Path) -> str:
