@@ -143,14 +143,17 @@ def test_our_errors_are_one_line(call, monkeypatch):
     assert done.stdout == ""
 
 
-def test_interruption(call, monkeypatch):
+def test_interruption(call, monkeypatch, tmp_path):
     fails(monkeypatch, KeyboardInterrupt())
     done = call("merge", "recipe.yaml", "out")
     assert done.exit_code == 130
     assert done.stderr == "interrupted; nothing was written\n"
-    done = call("merge", "recipe.yaml", "out", "--work", "state")
+    state = tmp_path / "state"
+    assert call("merge", "recipe.yaml", "out", "--work", state).stderr == "interrupted; nothing was written\n"
+    (state / "fold").mkdir(parents=True)
+    done = call("merge", "recipe.yaml", "out", "--work", state)
     assert done.exit_code == 130
-    assert "goes on from state" in done.stderr
+    assert f"goes on from {state}" in done.stderr
 
 
 def test_unexpected_errors_keep_their_traceback(call, monkeypatch):
@@ -186,6 +189,30 @@ def test_inspect_of_nothing(call, tmp_path):
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert "absent" in done.stderr
+
+
+def test_inspect_shows_the_others_where_one_is_refused(call, tmp_path, save_model):
+    one = save_model(tmp_path / "one")
+    done = call("inspect", one, tmp_path / "absent")
+    assert done.exit_code == 2
+    assert "llama" in done.stdout
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert len(json.loads(call("inspect", tmp_path / "absent", one, "--json").stdout)) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_stdout_is_one_line():
+    with open("/dev/full", "w") as full:  # noqa: PTH123  a device
+        done = subprocess.run(
+            [sys.executable, "-m", "polymerge", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.stderr == "error: stdout: not written: No space left on device; send it elsewhere\n"
+    assert done.returncode == 2
 
 
 def test_eval(call, tmp_path, save_model):

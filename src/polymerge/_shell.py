@@ -1,8 +1,11 @@
 """How the command line ends: our errors in one line, interruptions with what is left, JSON on its own."""
 
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -19,14 +22,38 @@ class Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         return list(self.commands)
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if not _stdout_is_lost():
+                raise
+            typer.echo(f"error: stdout: not written: {error.strerror}; send it elsewhere", err=True)
+            sys.exit(2)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PolymergeError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            tell(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             _say_interrupted(NOTHING)
+
+
+def tell(error: PolymergeError) -> None:
+    """An error of ours in one line."""
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+
+
+def _stdout_is_lost() -> bool:
+    """Whether not even a line can be written (a full disk); then Python shall not try again at its end."""
+    try:
+        typer.echo()
+    except OSError:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  to the end of the process
+        return True
+    return False
 
 
 def _say_interrupted(left: str) -> NoReturn:
@@ -35,12 +62,12 @@ def _say_interrupted(left: str) -> NoReturn:
 
 
 @contextmanager
-def interruptible(left: str) -> Iterator[None]:
-    """Ctrl-C says what it leaves behind."""
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C says what it leaves behind, as it is then."""
     try:
         yield
     except KeyboardInterrupt:
-        _say_interrupted(left)
+        _say_interrupted(left())
 
 
 def print_json(data: object) -> None:

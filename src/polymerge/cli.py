@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from polymerge import progress as bars
-from polymerge._shell import NOTHING, Commands, interruptible, no_loading_bars, print_json
+from polymerge._shell import NOTHING, Commands, interruptible, no_loading_bars, print_json, tell
 from polymerge.errors import PolymergeError
 
 
@@ -97,7 +97,11 @@ def merge(
     import polymerge
 
     no_loading_bars()
-    kept = f"nothing was written to {out}; the same command goes on from {work}" if work else NOTHING
+
+    def kept() -> str:
+        begun = work is not None and any(work.glob("*"))
+        return f"nothing was written to {out}; the same command goes on from {work}" if begun else NOTHING
+
     with interruptible(kept), bars.choose(quiet=quiet or as_json) as listener:
         result = polymerge.merge(recipe, out, device=device.value, dry_run=dry_run, work=work, progress=listener)
     if as_json:
@@ -123,13 +127,20 @@ def inspect(
 
     import polymerge
 
-    facts = [asdict(polymerge.inspect(path)) for path in models]
+    facts = []
+    for path in models:
+        try:
+            facts.append(asdict(polymerge.inspect(path)))
+        except PolymergeError as error:
+            tell(error)
     if as_json:
         print_json(facts)
-        return
-    from polymerge.report import terminal
+    elif facts:
+        from polymerge.report import terminal
 
-    terminal.show(terminal.models(facts))
+        terminal.show(terminal.models(facts))
+    if len(facts) < len(models):
+        raise typer.Exit(2)
 
 
 @app.command(
@@ -223,7 +234,7 @@ def demo(
     from polymerge.demo.run import run
 
     no_loading_bars()
-    with interruptible("no model was written"), bars.choose(quiet=quiet or as_json) as listener:
+    with interruptible(lambda: "no model was written"), bars.choose(quiet=quiet or as_json) as listener:
         done = run(out, device=device.value, progress=listener)
     if as_json:
         print_json(done.summary)
@@ -269,7 +280,7 @@ def bench(
     from polymerge import bench as package
 
     no_loading_bars()
-    with interruptible("finished rows are kept; run it again to go on"), bars.choose(quiet=quiet) as listener:
+    with interruptible(lambda: "finished rows are kept; run it again to go on"), bars.choose(quiet=quiet) as listener:
         package.run(
             suite,
             profile,
