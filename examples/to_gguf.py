@@ -10,6 +10,7 @@ and is refused, for a wrong name would cut texts into other tokens than the mode
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
+    if find_spec("gguf") is None:
+        parser.error("gguf is not installed: pip install gguf")
     export(options.model, options.out)
 
 
