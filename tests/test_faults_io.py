@@ -270,6 +270,25 @@ def test_disk_full_while_writing(tmp_path, monkeypatch, code):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_else_the_work_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(place.tempfile, "gettempdir", lambda: str(tmp_path))
+    for path in (tmp_path, tmp_path / "polymerge-k2x_9/fold"):
+        assert place.elsewhere(path, "disk") == "name a folder by --work, or by TMPDIR"
+    assert place.elsewhere(tmp_path / "out", "disk") == "choose another disk"
+    with pytest.raises(OutputError, match="free some space or name a folder by --work, or by TMPDIR"):
+        require_space(tmp_path, 10**18)
+    monkeypatch.setattr(shard, "_write", _too_large)
+    with (
+        pytest.raises(OutputError, match=r"not written: File too large .*; name a folder by --work"),
+        CheckpointWriter(tmp_path / "polymerge-k2x_9/fold") as writer,
+    ):
+        writer.add("a", torch.zeros(2))
+
+
+def _too_large(*_):
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
 def test_disk_full_in_the_callers_own_write(tmp_path):
     with pytest.raises(OutputError, match="no space left"), CheckpointWriter(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")

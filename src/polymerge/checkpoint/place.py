@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 from polymerge.errors import OutputError
@@ -30,9 +31,15 @@ def require_space(path: Path, nbytes: int) -> None:
     base = _nearest(Path(os.path.realpath(path)))
     free = shutil.disk_usage(base).free
     if free < nbytes:
-        raise OutputError(
-            f"{path}: needs {_size(nbytes)}, {base} has {_size(free)} free; free some space or choose another disk"
-        )
+        remedy = f"free some space or {elsewhere(path, 'disk')}"
+        raise OutputError(f"{path}: needs {_size(nbytes)}, {base} has {_size(free)} free; {remedy}")
+
+
+def elsewhere(path: Path, what: str) -> str:
+    """How to choose another place than a path that the user named, or than the system's for temporary files."""
+    path, scratch = (Path(os.path.realpath(p)) for p in (path, tempfile.gettempdir()))
+    ours = path.parent.parent == scratch and path.parent.name.startswith("polymerge-") and path.name in ("fold", "heal")
+    return "name a folder by --work, or by TMPDIR" if ours or path == scratch else f"choose another {what}"
 
 
 def make_parents(out: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from types import FrameType, TracebackType
 from torch import Tensor
 
 from polymerge.checkpoint.header import SINGLE
-from polymerge.checkpoint.place import begin, check_free, finish, make_parents, remove_stale, require_space
+from polymerge.checkpoint.place import begin, check_free, elsewhere, finish, make_parents, remove_stale, require_space
 from polymerge.checkpoint.shard import ShardFile
 from polymerge.errors import OutputError
 
@@ -181,9 +181,9 @@ def _telling(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, remedy = error.strerror or str(error), "choose another folder"
+        reason, remedy = error.strerror or str(error), elsewhere(out, "folder")
         if error.errno in _FULL:
-            reason, remedy = "no space left on the disk", "free some space or choose another disk"
+            reason, remedy = "no space left on the disk", f"free some space or {elsewhere(out, 'disk')}"
         raise OutputError(f"{out}: not written: {reason} ({error.filename or out.parent}); {remedy}") from error
 
 
