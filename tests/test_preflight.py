@@ -436,6 +436,15 @@ def test_too_few_rows_are_a_warning(look, made):
         assert "fold.tokens" not in subjects(look(model, model, fold={"length": 32, **fold}, method=method))
 
 
+def test_a_shape_without_a_budget_is_told_where_it_is_large(look, made):
+    one, other = made("llama"), made("second", seed=1)
+    level, text = found(look(one, other, size={"layers": 2}), "size")
+    assert level == "warning"
+    assert "times the parameters of the largest expert; size.params: 1.5x bounds them" in text
+    for size in ("union", {"layers": 2, "params": "1.5x"}, {"width": 32, "heads": 4, "mlp": 48}):
+        assert "size" not in subjects(look(one, other, size=size))
+
+
 def test_experts_that_are_one_model_or_have_one_text_are_a_warning(look, made, texts, tmp_path):
     one, other = made("llama"), made("second", seed=1)
     told = {"b: model", "b: text"}

@@ -13,9 +13,9 @@ from polymerge.errors import OutputError
 from polymerge.methods import union
 from polymerge.methods._lift import lift
 from polymerge.model.source import Source
-from polymerge.plan import Plan
+from polymerge.plan import Plan, parameters
 from polymerge.preflight.report import Finding
-from polymerge.recipe import Recipe
+from polymerge.recipe import Recipe, Size
 
 
 def check_places(recipe: Recipe, out: Path, work: Path | None) -> None:
@@ -67,6 +67,22 @@ def few_rows(recipe: Recipe) -> Iterator[Finding]:
     if recipe.method != "union" and rows < FEW:
         text = f"{rows} rows of {length} tokens of each text are too few to merge by; give {FEW * length:,} or more"
         yield Finding("warning", "fold.tokens", text)
+
+
+LARGE = 1.5
+"""Times the largest expert: the budget of a recipe that gives no size."""
+
+
+def unbounded(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None) -> Iterator[Finding]:
+    """A shape without a budget, whose other sizes are those of all experts together."""
+    if plan is None or plan.budget is not None or not isinstance(recipe.size, Size) or recipe.method != "fold":
+        return
+    times = parameters(plan.family, plan.shapes[0]) / max(source.parameters for source in sources.values())
+    if times > LARGE:
+        text = (
+            f"the result has {times:.1f} times the parameters of the largest expert; size.params: {LARGE}x bounds them"
+        )
+        yield Finding("warning", "size", text)
 
 
 def alike(sources: Mapping[str, Source], texts: Mapping[str, Skill]) -> Iterator[Finding]:
