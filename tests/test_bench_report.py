@@ -14,7 +14,7 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import axes, board, overview, reach, scarce
+from polymerge.bench import axes, board, overview, reach, scarce, seed_table
 from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
 from polymerge.errors import OutputError
@@ -170,6 +170,33 @@ def test_at_a_glance_every_method_over_the_cells_that_all_groups_have():
     kept = [of_axis(a, m, 2 + x) for m in ("fold", "linear", "anchor") for a, x in (("seed", 0.04), ("width", 0.06))]
     [table] = overview.tables([*kept, of_axis("all", "linear", 2.0)])
     assert [line[2:] for line in table.lines] == [["2 of 2", "0", "1", "0.0500", "0.0600"]] * 3
+
+
+def same(case: str, method: str, score: float, **more: object) -> Row:
+    """A row of two experts of one task."""
+    facts = {"owners": {"x_plus_y": 1.0}, "expert_parameters": {"one": 5, "other": 7}, "worst_skill": "x_plus_y"}
+    facts |= {"scores": {"x_plus_y": score}, "worst": score, "setting": {"protocol": "same", "run": 1}, **more}
+    return Row("modular", "full", case, 0, method, **facts)
+
+
+def test_cases_with_a_useless_expert_are_not_in_the_seeds_table_and_say_that_they_are_no_merge():
+    plain, late = "same/x_plus_y/layers", "same/x_plus_y/layers/by-heart"
+    rows = [same(plain, "fold", 0.5, extra={"balance": [1.0, 1.0]}), same(plain, "linear", 0.2)]
+    rows += [same(late, "fold", 1.0, extra={"balance": [1.0]}), same(late, "linear", 0.9)]
+    rows.append(same(late, "fold_heal", 1.0, notes="healed", extra={"curve": []}))
+    table, *_ = board.sections(rows)[1].tables
+    [line] = table.lines
+    assert [cell for cell in line if cell.startswith(("0.5", "1.0", "0.2", "0.9"))] == [
+        "1.0000",
+        "0.5000",
+        "0.2000 linear",
+    ]
+    assert seed_table.same([r for r in rows if r.case == late]).lines == []
+    notes = {(t.title, line[0]): line[-2] for t in board._per_case(rows) for line in t.lines}
+    said = "made of 1 of the 2 experts: the rest is best at nothing"
+    assert notes[late, "fold"] == said
+    assert notes[late, "fold + heal"] == f"{said}; healed"
+    assert notes[plain, "fold"] == notes[late, "linear"] == "–"
 
 
 def test_every_cost_and_command_is_there(shown):

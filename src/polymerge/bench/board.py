@@ -133,7 +133,8 @@ GLANCE = (
 SAME = (
     "Test accuracy, and updates until validation accuracy is over 0.99 (`step_val_acc_99`; 0: before any training)."
     " The seed experiment's figures are validation accuracies of its last state; its merged models were trained from"
-    " scratch for thousands of updates."
+    " scratch for thousands of updates. Cases whose second expert only knows its pairs by heart are not in that table;"
+    " each has its own."
 )
 CROSS = (
     "Test accuracy of each task. *Worst* is the skill that lost most against its owner; *gap* is the share of the"
@@ -231,6 +232,7 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
     over = ["over owner"] if up < 0 else []  # accuracies are near 1 of an owner: there the score says it
     head = ["method", "group", *skills, "worst", *over, "gap", *COST, "notes", "again"]
     good, bad, groups = [], [], known()
+    without = {r.seed: _left_out(r) for r in rows if r.method == "fold"}
     for name, some in by(rows, "method"):
         done = [r for r in some if r.status == "ok"]
         first, command = [name_of(name), groups.get(name, ("rival",))[0]], some[-1].command or "–"
@@ -239,18 +241,32 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
             continue
         line = [*first, *(scores(done, s) for s in skills), figure([r.worst for r in done])]
         line += [figure(map(excess, done))] if over else []
-        line += [figure([r.gap_closed for r in done], 2), *cost(done), _notes(some), command]
+        line += [
+            figure([r.gap_closed for r in done], 2),
+            *cost(done),
+            _notes(some, without if name in FOLDS else {}),
+            command,
+        ]
         score = _average(map(judged, done))
         good.append((math.inf if score is None else ranked(-up * score), name, line))
     lines = [line for _, _, line in sorted(good, key=lambda item: item[:2])]
     return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)], one=True)
 
 
-def _notes(rows: Sequence[Row]) -> str:
-    """What is noted, by seed where seeds differ."""
-    said = {r.seed: r.notes if r.status == "ok" else f"cannot: {r.reason}" for r in rows}
+def _left_out(fold: Row) -> str:
+    """That a fold is no merge of all experts, where it kept only those that are good at something."""
+    kept, given = len(fold.extra.get("balance") or fold.expert_parameters), len(fold.expert_parameters)
+    return f"made of {kept} of the {given} experts: the rest is best at nothing" if kept < given else ""
+
+
+def _notes(rows: Sequence[Row], more: Mapping[int, str]) -> str:
+    """What is noted, by seed where seeds differ; `more`: by seed, said first of what could be done."""
+    said = {
+        r.seed: "; ".join(filter(None, (more.get(r.seed), r.notes))) if r.status == "ok" else f"cannot: {r.reason}"
+        for r in rows
+    }
     if len(set(said.values())) == 1:
-        return rows[0].notes or "–"
+        return said[rows[0].seed] or "–"
     return "; ".join(f"seed {seed}: {note}" for seed, note in said.items() if note)
 
 

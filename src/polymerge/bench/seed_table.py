@@ -29,12 +29,13 @@ SEED: Mapping[int, Mapping[str, tuple[float, int]]] = {
 
 
 def same(rows: Sequence[Row]) -> "board.Table":
-    """The seed's table beside ours: a line for each task and run."""
+    """The seed's table beside ours: a line for each task and run; two whole experts, as the seed's were."""
+    whole = [r for r in rows if not r.case.endswith("/by-heart")]  # of the same run's number
     head = ["task", "run", "seed: accuracy", "seed: steps", "expert alone: accuracy", "expert alone: steps"]
     lines, shapes = [], {0: SHAPES["base"]} | {run: SHAPES[kind] for kind, run in RUNS.items()}
     for task in dict.fromkeys(t for numbers in SEED.values() for t in numbers):
         for run in SEED:
-            here = [r for r in rows if task in r.scores and r.setting.get("run") == run]
+            here = [r for r in whole if task in r.scores and r.setting.get("run") == run]
             alone = [r for r in rows if r.method == "expert" and task in r.scores and _shape(r) == shapes[run]]
             if not (here or alone):
                 continue
