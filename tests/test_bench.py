@@ -241,6 +241,8 @@ def test_worst_skill_and_gap():
     for metric in ("accuracy", "bits per byte"):
         for scores in ({"a": math.nan, "b": 0.5}, {"b": 0.5, "a": math.nan}):
             assert summarise(scores, owners, anchor, metric)["worst_skill"] == "a"
+            far = dict.fromkeys("ab", 0.0 if metric == "accuracy" else 9.0)
+            assert math.isnan(summarise(scores, owners, far, metric)["gap_closed"])
 
 
 def test_the_leaderboard_depends_on_the_rows_only_and_says_who_wins():
@@ -332,7 +334,8 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
 
         def rival(self, method):
             held = {"a": 1.0, "b": method.knob}
-            return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held})
+            spent = {"flops": 7, "reused_flops": 50, "reused": (2.0, 3.0)}
+            return methods.Outcome({"a": method.knob}, notes="shape", extra={"validation": held}, **spent)
 
         def peer(self, name, scale=1.0):
             assert name.startswith("mergekit")
@@ -346,6 +349,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
 
     found = methods.tuned(Bed("accuracy"), Method)
     assert (found.scores, found.notes) == ({"a": 0.7}, "knob 0.7; best of 3 by validation; shape")
+    assert (found.flops, found.reused_flops, found.reused) == (3 * 7, 50, (2.0, 3.0))  # what is shared is taken once
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
     Method.GRID = ({"knob": math.nan}, {"knob": 2.0}, {"knob": math.nan})

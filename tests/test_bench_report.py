@@ -1,6 +1,7 @@
 """The page of a benchmark: self-contained, made from rows alone, nothing empty, nothing drawn without rows."""
 
 import json
+import math
 import os
 import random
 import re
@@ -149,7 +150,7 @@ def test_a_rival_is_compared_on_the_seeds_that_it_has():
     others = [r for r in rows if r.method not in ("ot_fusion", "fold_heal")]
     rows = [*others, *(r for r in rows if r.method == "fold_heal" or (r.method == "ot_fusion" and r.seed == 0))]
     assert board.behind(rows) == ["cross/a+b/all/sum: ot_fusion 0.9500 (ours 0.9300)"]
-    better = [replace(r, worst=0.96) if r.method == "fold_heal" and r.seed == 0 else r for r in rows]
+    better = [replace(r, scores={"a": 0.99, "b": 0.96}) if r.method == "fold_heal" and r.seed == 0 else r for r in rows]
     assert board.behind(better) == []
 
 
@@ -286,7 +287,9 @@ def test_shades_compare_within_a_case_in_both_metrics():
         rows = [Row("s", "p", "c", 0, method, metric=metric, worst=worst) for method, worst in named]
         shades = {m: shade for m, (_, shade) in bench_figures.shades_of(rows).items()}
         assert shades == pytest.approx({"anchor": 0.0, "x": 0.5, "y": 1.0})
-        assert bench_figures.shades_of([replace(r, worst=None) for r in rows]) == {}
+        assert bench_figures.shades_of([replace(r, status="cannot", worst=None) for r in rows]) == {}
+        lost = bench_figures.shades_of([*rows, *(replace(r, method="z", worst=None) for r in rows[:2])])
+        assert {m: shade for m, (_, shade) in lost.items()} == pytest.approx(shades | {"z": 0.0})
 
 
 def test_flops_by_hand():
@@ -340,6 +343,38 @@ def test_bits_per_byte_are_judged_over_the_owners():
     assert judged(Row("modular", "full", "c", 0, "fold", worst=0.9, worst_skill="a", owners={"a": 1.0})) == 0.9
 
 
+def test_accuracies_are_judged_by_the_lowest():
+    near = same("cross/a+b", "fold", 1.0, scores={"a": 0.9944, "b": 1.0}, owners={"a": 0.99, "b": 1.0}, worst_skill="b")
+    assert judged(near) == 0.9944
+    [table] = board._per_case([near])
+    assert dict(zip(table.head, table.lines[0], strict=True))["worst"] == "0.9944"
+    assert bench_figures.shades_of([near])["fold"][0] == 0.9944
+
+
+def test_what_diverged_is_the_worst_and_is_called_so():
+    def lost(row: Row) -> Row:
+        return replace(row, worst=None, scores={**row.scores, "b": None}, gap_closed=None)
+
+    rows = [of_axis(a, m, 2.2) for m in ("fold", "anchor", "linear", "zipit") for a in ("seed", "width", "heads")]
+    rows = [lost(r) if (r.method, r.setting["axis"]) in (("linear", "width"), ("zipit", "seed")) else r for r in rows]
+    [glance] = overview.tables(rows)
+    lines = {line[0]: line[2:] for line in glance.lines}
+    assert lines["linear"] == lines["zipit"] == ["3 of 3", "0", "0", "0.2000", "diverged"]
+    assert [line[5] for line in axes.tables(rows)[0].lines] == ["–"] * 3
+    assert [line[-1] for line in axes.tables(rows)[0].lines][:2] == ["0.2000 linear", "0.2000 zipit"]
+    worse = [r if r.method != "fold" else lost(r) for r in rows if r.setting["axis"] == "seed"]
+    assert board.behind(worse) == ["a+b/seed/sum: anchor alone 0.2000 (ours diverged), linear 0.2000 (ours diverged)"]
+    [table] = board._per_case([lost(of_axis("seed", "linear", 2.2)), replace(of_axis("seed", "linear", 2.2), seed=1)])
+    cells = dict(zip(table.head, table.lines[0], strict=True))
+    assert [cells[k] for k in ("b", "worst", "over owner", "gap")] == ["diverged"] * 4
+    one = same("same/x_plus_y/layers", "linear", 0.2)
+    assert (
+        seed_table._best_rival([replace(one, worst=None, scores={"x_plus_y": None})], "x_plus_y") == "diverged linear"
+    )
+    assert bench_figures.heat(rows) is not None
+    assert bench_figures.points(worse, lambda r: r.case, lambda _: 1.0)["fold"] == ([], [])
+
+
 def test_the_axis_table_says_ours_best_rival_and_best_control():
     rows = [of_axis("width", "fold", 2.3), of_axis("width", "fold_heal", 2.1), of_axis("width", "anchor_distill", 2.25)]
     rows += [of_axis("width", "zipit", 3.0), of_axis("width", "mergekit_linear", 2.05), of_axis("width", "shrink", 4.0)]
@@ -355,14 +390,19 @@ def test_the_axis_table_says_ours_best_rival_and_best_control():
 
 
 def test_how_long_the_control_takes_to_be_where_ours_is():
-    def curve(*worst: float) -> dict[str, object]:
-        return {"extra": {"curve": [{"tokens": 100 * i, "worst": w} for i, w in enumerate(worst)]}}
+    def curve(*worst: float | None) -> dict[str, object]:
+        return {"extra": {"curve": [{"step": i, "tokens": 100 * i, "worst": w} for i, w in enumerate(worst)]}}
 
     rows = [of_axis("", "fold_heal", 2.1, **curve(0.2, 0.3, 0.05)), of_axis("seed", "fold_heal", 2.1, **curve(0.1))]
     rows.append(of_axis("", "anchor_distill_more", 2.2, **curve(0.9, 0.5, 0.25, 0.2, 0.1, 0.15)))
     [table] = reach.tables(rows)
     assert table.lines == [["a+b//sum", "0", "0.2000", "300", "0.0500", "200", "over 500", "0.1000", "500"]]
     assert reach.TITLE in board.write(rows)
+    rows[0] = of_axis("", "fold_heal", 2.1, **curve(0.2, None, 0.05))
+    rows[2] = of_axis("", "anchor_distill_more", 2.2, **curve(0.9, 0.5, None, 0.2, 0.1, None))
+    assert reach.tables(rows)[0].lines == table.lines
+    healed = bench_figures.healing_curve(replace(rows[0], steps=2, tokens=200))
+    assert healed == ([0.0, 0.1, 0.2], pytest.approx([0.2, math.nan, 0.05], nan_ok=True))
 
 
 def little(text: int | None, method: str, worst: float, seed: int = 0, written: bool = False) -> Row:

@@ -84,10 +84,11 @@ def test_only_the_methods_that_are_the_fold_are_charged_with_it(tiny, monkeypatc
         return real(experts, *args, **keys)
 
     monkeypatch.setattr(modular_bed, "folded", folded)
-    [made_it] = bench.run("modular", "quick", tiny, ["shrink"], device="cpu")
-    fold, found_it = bench.run("modular", "quick", tiny.with_name("other"), ["fold", "shrink"], device="cpu")
+    [made_it] = bench.run("modular", "quick", tiny, ["linear"], device="cpu")
+    fold, found_it = bench.run("modular", "quick", tiny.with_name("other"), ["fold", "linear"], device="cpu")
     assert fold.cpu_seconds > long
     assert made_it.cpu_seconds < found_it.cpu_seconds + 0.5 * long
+    assert made_it.flops == found_it.flops < fold.flops
 
 
 def test_a_fold_that_another_process_still_works_on_is_left(tiny):  # noqa: F811

@@ -47,7 +47,7 @@ def _line(rows: Sequence[Row]) -> list[str]:
     controls = {n: s for n, s in others.items() if groups.get(n) == "control"}
     rivals = {n: s for n, s in others.items() if groups.get(n) in ("rival", "peer")}
     ours = min((scores[n] for n in board.FOLDS if n in scores), default=None)
-    cells = [f"{scores[n]:.4f}" if n in scores else "–" for n in (*OURS, CONTROL)]
+    cells = [board.number(scores.get(n)) for n in (*OURS, CONTROL)]
     return [_axis(rows), rows[0].budget, *cells, _best(controls, ours), _best(rivals, ours)]
 
 
@@ -57,4 +57,4 @@ def _best(scores: dict[str, float], ours: float | None) -> str:
         return "–"
     name = min(scores, key=lambda n: (scores[n], n))
     wins = ours is not None and scores[name] < ours - 1e-9
-    return f"{scores[name]:.4f} {board.name_of(name)}" + (" (wins)" if wins else "")
+    return f"{board.number(scores[name])} {board.name_of(name)}" + (" (wins)" if wins else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from polymerge.bench.methods import METHODS, PUBLIC, known
-from polymerge.bench.rows import Row, excess, judged, ranked
+from polymerge.bench.rows import Row, judged
 
 NAMES = {
     "expert": "expert, from scratch", "fold_heal": "fold + heal",
@@ -137,7 +137,7 @@ SAME = (
     " each has its own."
 )
 CROSS = (
-    "Test accuracy of each task. *Worst* is the skill that lost most against its owner; *gap* is the share of the"
+    "Test accuracy of each task. *Worst* is the lowest of them; *gap* is the share of the"
     " distance from the anchor to the owner that is closed."
 )
 TEXT = (
@@ -180,7 +180,9 @@ def behind(rows: Sequence[Row]) -> list[str]:
             means = [[mean(up * some[s] for s in seeds) for some in (its, found)] for its, seeds in both]
             if means and max(means)[1] > max(means)[0] + 1e-9:
                 ahead.append((max(means)[1], name, max(means)[0]))
-        said = [f"{name_of(n)} {up * s:.4f} (ours {up * o:.4f})" for s, n, o in sorted(ahead, key=lambda a: -a[0])]
+        said = [
+            f"{name_of(n)} {number(up * s)} (ours {number(up * o)})" for s, n, o in sorted(ahead, key=lambda a: -a[0])
+        ]
         if said:
             lines.append(f"{case}: {', '.join(said)}")
     return lines
@@ -212,6 +214,7 @@ def _built(experts: object, name: str) -> str:
     return f"{size['family']}, {size['layers']} layers, width {size['width']}, {heads}; "
 
 
+DIVERGED = "diverged"
 COST = ("parameters", "training tokens", "FLOPs", "CPU s", "wall s", "peak GB")
 
 
@@ -239,16 +242,13 @@ def _case(case: str, rows: Sequence[Row]) -> Table:
         if not done:
             bad.append([*first, *["–"] * (len(head) - 4), f"cannot: {some[0].reason}", command])
             continue
-        line = [*first, *(scores(done, s) for s in skills), figure([r.worst for r in done])]
-        line += [figure(map(excess, done))] if over else []
-        line += [
-            figure([r.gap_closed for r in done], 2),
-            *cost(done),
-            _notes(some, without if name in FOLDS else {}),
-            command,
-        ]
-        score = _average(map(judged, done))
-        good.append((math.inf if score is None else ranked(-up * score), name, line))
+        score = mean(s for r in done if (s := judged(r)) is not None)
+        worst = [math.inf if r.worst is None else r.worst for r in done] if over else map(judged, done)
+        line = [*first, *(scores(done, s) for s in skills), figure(worst)]
+        line += [figure(map(judged, done))] if over else []
+        line += [figure([-math.inf if r.worst is None else r.gap_closed for r in done], 2), *cost(done)]
+        line += [_notes(some, without if name in FOLDS else {}), command]
+        good.append((-up * score, name, line))
     lines = [line for _, _, line in sorted(good, key=lambda item: item[:2])]
     return Table(case, _about(rows[0]), head, lines, bad, [(case, rows)], one=True)
 
@@ -272,15 +272,22 @@ def _notes(rows: Sequence[Row], more: Mapping[int, str]) -> str:
 
 def scores(rows: Sequence[Row], skill: str) -> str:
     """A skill's score."""
-    return figure([r.scores.get(skill) for r in rows])
+    found = [r.scores[skill] for r in rows if skill in r.scores]
+    return figure([math.inf if score is None else score for score in found])
 
 
 def figure(values: Iterable[int | float | None], digits: int = 4) -> str:
     """The mean, ± the spread where there is more than one seed."""
     some = [v for v in values if v is not None]
-    if not some:
+    shown = number(mean(some) if some else None, digits)
+    return f"{shown} ± {stdev(some):.{digits}f}" if len(some) > 1 and shown != DIVERGED else shown
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A score; a dash where it is not known, a word where a run that it is made of diverged."""
+    if value is None:
         return "–"
-    return f"{mean(some):.{digits}f}" + (f" ± {stdev(some):.{digits}f}" if len(some) > 1 else "")
+    return f"{value:.{digits}f}" if math.isfinite(value) else DIVERGED
 
 
 def _average(values: Iterable[int | float | None]) -> float | None:

@@ -162,7 +162,8 @@ class Cells:
 
     def _figures(self, bed: Bed, outcome: Outcome, clock: Clock) -> dict[str, Any]:
         return {
-            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "flops", "extra")},
+            **{k: getattr(outcome, k) for k in ("scores", "parameters", "size", "tokens", "steps", "extra")},
+            "flops": None if outcome.flops is None else outcome.flops + outcome.reused_flops,
             "notes": without_folders(outcome.notes),
             **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
             "seconds": clock.seconds["run"] - bed.shared.spent[0] + outcome.reused[0],

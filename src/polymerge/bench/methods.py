@@ -65,7 +65,8 @@ PUBLIC = {
 class Outcome:
     """What one method gave: test scores by skill, and what it took beside the time that the runner measures.
 
-    `reused`: (wall, CPU) seconds of shared work that counts here as well.
+    `reused`, `reused_flops`: (wall, CPU) seconds and operations of shared work that count here as well, once for all
+    settings that are tried.
     """
 
     scores: dict[str, float]
@@ -76,6 +77,7 @@ class Outcome:
     flops: int | None = None
     notes: str = ""
     reused: tuple[float, float] = (0.0, 0.0)
+    reused_flops: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -186,6 +188,7 @@ def best_of(bed: Bed, tries: Mapping[str, Callable[[], Outcome]]) -> Outcome:
     best = found[min(range(len(found)), key=losses.__getitem__)]
     best.flops = sum(spent) if spent else None
     best.reused = max(outcome.reused for outcome in found)
+    best.reused_flops = max(outcome.reused_flops for outcome in found)
     return best
 
 

@@ -211,8 +211,9 @@ class ModularBed:
         """In the fold's shape, on the fold's rows; every expert speaks for the task that it was trained on."""
         everyone = range(len(self.experts))
         make = table.merged_by(method, self.experts, 0, self.texts(everyone, self.meant), self.seed)
+        target = self._target()  # if nobody has folded yet, it is done here: none of the method's operations
         with Products() as products:
-            target, weights, note = fitting(make, self._target(), [e.spec for e in self.experts], self.family)
+            target, weights, note = fitting(make, target, [e.spec for e in self.experts], self.family)
         outcome = self._outcome(target, weights, flops=products.flops)
         outcome.notes = note
         return outcome

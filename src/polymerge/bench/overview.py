@@ -41,7 +41,7 @@ def _table(suite: str, protocol: str, profile: str, rows: Sequence[Row]) -> "boa
         first.append(str(sum(r.status == "cannot" for r in some)))
         if scores:
             kept = sum(score >= up * KEPT[metric] for score in scores)
-            line = [*first, str(kept), f"{up * median(scores):.4f}", f"{up * min(scores):.4f}"]
+            line = [*first, str(kept), board.number(up * median(scores)), board.number(up * min(scores))]
             ranked.append((-median(scores), -min(scores), name, line))
         else:
             cannot.append([*first, *["–"] * 3])

@@ -1,5 +1,6 @@
 """How many tokens the padded anchor is distilled on until it is where ours is: from the curves that the rows keep."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
         cells: dict[tuple[str, int], dict[str, list[Mapping[str, Any]]]] = {}
         for row in sorted(some, key=lambda r: r.key):
             if curve := row.extra.get("curve"):
-                cells.setdefault((row.case, row.seed), {})[row.method] = curve
+                finite: list[Mapping[str, Any]] = [{**point, "worst": _finite(point["worst"])} for point in curve]
+                cells.setdefault((row.case, row.seed), {})[row.method] = finite
         lines = [
             _line(*cell, curves["fold_heal"], curves[CONTROL])
             for cell, curves in cells.items()
@@ -38,8 +40,13 @@ def _line(case: str, seed: int, ours: Sequence[Mapping[str, Any]], control: Sequ
     best = min(ours, key=lambda point: point["worst"])
     end = min(control, key=lambda point: point["worst"])
     sides = [(ours[0], []), (best, [f"{ours[-1]['tokens']:,}"])]
-    parts = [[f"{point['worst']:.4f}", *more, _there(control, point["worst"])] for point, more in sides]
-    return [case, str(seed), *parts[0], *parts[1], f"{end['worst']:.4f}", f"{control[-1]['tokens']:,}"]
+    parts = [[board.number(point["worst"]), *more, _there(control, point["worst"])] for point, more in sides]
+    return [case, str(seed), *parts[0], *parts[1], board.number(end["worst"]), f"{control[-1]['tokens']:,}"]
+
+
+def _finite(worst: float | None) -> float:
+    """A point's worst skill: rows keep null of one that is no number."""
+    return math.inf if worst is None else worst
 
 
 def _there(curve: Sequence[Mapping[str, Any]], worst: float) -> str:

@@ -32,7 +32,8 @@ class Row:
         method: a method's name.
         status: "ok", or "cannot" with the `reason`.
         metric: "accuracy" (more is better) or "bits per byte" (less is better), on test data.
-        scores: skill -> metric; `owners` and `anchor` likewise for each skill's owner and for the anchor alone.
+        scores: skill -> metric, None where that is no number; `owners` and `anchor` likewise for each skill's owner
+            and for the anchor alone.
         worst: the score of the skill that lost most against its owner; `worst_skill` names it.
         gap_closed: (merged - anchor) / (owner - anchor), the least over the skills that the anchor lacks.
         size: shape of the result; `budget` what was allowed, such as "sum" or "1.5x".
@@ -54,7 +55,7 @@ class Row:
     status: Literal["ok", "cannot"] = "ok"
     reason: str | None = None
     metric: str = "accuracy"
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float | None] = field(default_factory=dict)
     owners: dict[str, float] = field(default_factory=dict)
     anchor: dict[str, float] = field(default_factory=dict)
     worst: float | None = None
@@ -97,7 +98,8 @@ def summarise(
         for skill in scores
         if skill in anchor and up * (owners[skill] - anchor[skill]) > 1e-3  # noqa: PLR2004  below: the anchor's own
     ]
-    return {"worst": scores[name], "worst_skill": name, "gap_closed": min(gaps) if gaps else None}
+    gap = min(gaps, key=lambda gap: -ranked(-gap), default=None)
+    return {"worst": scores[name], "worst_skill": name, "gap_closed": gap}
 
 
 def ranked(loss: float) -> float:
@@ -114,11 +116,18 @@ def excess(row: Row) -> float | None:
 
 
 def judged(row: Row) -> float | None:
-    """What methods are ranked by: the worst skill's accuracy, or its bits per byte over the owner's.
+    """What methods are ranked by: the lowest accuracy, or the worst skill's bits per byte over the owner's.
 
-    Bits per byte of two skills can't be compared: some texts are easier than others.
+    Bits per byte of two skills can't be compared: some texts are easier than others. A score that is no number is the
+    worst there can be: a method is not to gain by a run that diverged. None where the method could not be run.
     """
-    over = None if row.metric == "accuracy" else excess(row)
+    if row.status != "ok":
+        return None
+    if row.worst is None:
+        return -math.inf if row.metric == "accuracy" else math.inf
+    if row.metric == "accuracy":
+        return min((score for score in row.scores.values() if score is not None), default=row.worst)
+    over = excess(row)
     return row.worst if over is None else over
 
 

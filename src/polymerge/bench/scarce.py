@@ -48,7 +48,7 @@ def tables(rows: Sequence[Row]) -> list["board.Table"]:
                 for n in (*counts, None)
             ]
             first = [board.name_of(method), about.get(method, "rival")]
-            line = [*first, *("–" if s is None else f"{s:.4f}" for s in scores)]
+            line = [*first, *map(board.number, scores)]
             if any(s is not None for s in scores):
                 lines.append(([math.inf if s is None else s for s in scores], method, line))
             else:

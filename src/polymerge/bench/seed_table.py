@@ -6,7 +6,7 @@ from statistics import mean
 from polymerge.bench import board
 from polymerge.bench.methods import known
 from polymerge.bench.modular import RUNS, SHAPES
-from polymerge.bench.rows import Row
+from polymerge.bench.rows import Row, judged
 
 SEED: Mapping[int, Mapping[str, tuple[float, int]]] = {
     0: {
@@ -56,9 +56,11 @@ def _best_rival(rows: Sequence[Row], task: str) -> str:
     found = [
         (mean(scores), board.name_of(name))
         for name, some in board.by(rows, "method")
-        if groups.get(name, ("rival",))[0] == "rival" and (scores := [r.scores[task] for r in some if task in r.scores])
+        if groups.get(name, ("rival",))[0] == "rival"
+        and (scores := [score for r in some if task in r.scores and (score := judged(r)) is not None])
     ]
-    return "{:.4f} {}".format(*max(found)) if found else "–"
+    best = max(found, default=None)
+    return f"{board.number(best[0])} {best[1]}" if best else "–"
 
 
 def scratch(rows: Sequence[Row]) -> "board.Table":
@@ -69,7 +71,7 @@ def scratch(rows: Sequence[Row]) -> "board.Table":
     for case, some in board.cases(rows):
         done = [r for r in some if r.status == "ok"]
         found = [board.figure([r.extra.get(key) for r in done]) for key in finals]
-        score = board.figure([r.worst for r in done])
+        score = board.figure(map(judged, done))
         lines.append([case.removeprefix("baseline/"), score, *found, _steps(done), *board.cost(done), some[-1].command])
     return board.Table(
         "From scratch", "The experts' own training; losses in nats.", head, lines, groups=board.cases(rows)

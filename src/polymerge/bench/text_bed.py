@@ -171,23 +171,22 @@ class TextBed:
 
     def rival(self, method: Any) -> Outcome:
         """In the fold's shape, on the fold's rows; experts unlike it translated first where the method needs that."""
-        note, reused, flops = "", (0.0, 0.0), 0
-        with Products() as products:
-            try:
+        note, reused, translating, spec = "", (0.0, 0.0), 0, self._target()  # which folds, if nobody has
+        try:
+            with Products() as products:
                 target, weights, shape = self._merged_by(method, self.sources)
-            except PreflightError:
-                if all(alignable(s.spec, self._target()) for s in self.sources.values()):
-                    raise
-                experts, note, flops, reused = self._translated(self.sources)
-                before = products.flops
+        except PreflightError:
+            if all(alignable(s.spec, spec) for s in self.sources.values()):
+                raise
+            experts, note, translating, reused = self._translated(self.sources)
+            with Products() as products:
                 target, weights, shape = self._merged_by(method, experts)
-                flops += products.flops - before
         folder = self._new("rival")
         self._save(folder, target, weights)
         model = load_student(folder)
         outcome = self._measured(model, target)
         outcome.notes, outcome.reused = "; ".join(filter(None, (shape, note))), reused
-        outcome.flops = flops or products.flops
+        outcome.flops, outcome.reused_flops = products.flops, translating
         outcome.extra["validation"] = self._over(model)
         return outcome
 
@@ -328,7 +327,7 @@ class TextBed:
         self._save(folder, target, weights)
         outcome = self._distilled(lambda: load_student(folder), target, guide, tokens, rates)
         outcome.notes = "; ".join(filter(None, (outcome.notes, note, said)))
-        outcome.flops, outcome.reused = (outcome.flops or 0) + spent, reused
+        outcome.reused_flops, outcome.reused = spent, reused
         return outcome
 
     def _distilled(

@@ -3,6 +3,7 @@
 Every method has one colour in all of them: ours blue and green, the distilled controls orange, all else grey.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
@@ -67,11 +68,10 @@ def shades_of(group: Sequence[Row]) -> dict[str, tuple[float, float]]:
         for method, some in by(group, "method")
         if (w := [score for r in some if (score := judged(r)) is not None])
     }
-    if not scores:
-        return {}
     up = 1 if group[0].metric == "accuracy" else -1
-    best = max(up * s for s in scores.values())
-    floor = min(up * scores.get("anchor", up * best), median(up * s for s in scores.values()), best - _LEAST)
+    known = {m: up * s for m, s in scores.items() if math.isfinite(s)}
+    best = max(known.values(), default=0.0)
+    floor = min(known.get("anchor", best), median(known.values()) if known else best, best - _LEAST)
     return {m: (s, min(1.0, max(0.0, (up * s - floor) / (best - floor)))) for m, s in scores.items()}
 
 
@@ -81,7 +81,7 @@ def sizes(rows: Sequence[Row]) -> Figure | None:
     for title, group in board.cases(rows):
         budget = group[0].budget
         if budget and group[0].case.endswith(f"/{budget}"):
-            measured = [r for r in group if r.worst is not None and r.parameters]
+            measured = [r for r in group if r.status == "ok" and r.parameters]
             groups.setdefault(title.replace(f"/{budget}", "", 1), []).extend(measured)
     shown = {name: group for name, group in groups.items() if len({r.budget for r in group}) > 1}
     return _panels(shown, lambda r: r.budget, lambda r: (r.parameters or 0) / 1e6, "million parameters")
@@ -93,7 +93,7 @@ def texts(rows: Sequence[Row]) -> Figure | None:
     Those in which nobody writes more.
     """
     tokens = {r.key: found[0] for r in rows if (found := scarce.text(r)) and not found[1]}
-    groups = {name: [r for r in some if r.key in tokens and r.worst is not None] for name, some in scarce.groups(rows)}
+    groups = {name: [r for r in some if r.key in tokens and r.status == "ok"] for name, some in scarce.groups(rows)}
     shown = {name: group for name, group in groups.items() if len({tokens[r.key] for r in group}) > 1}
     figure = _panels(shown, lambda r: r.case, lambda r: float(tokens[r.key]), "different tokens of each skill")
     for axes in figure.axes if figure else ():
@@ -123,7 +123,10 @@ def _panels(
 
 
 def points(group: Sequence[Row], same: Callable[[Row], str], at: Callable[[Row], float]) -> dict[str, Curve]:
-    """Method -> (place, worst skill), in order of place; means over seeds of what is the `same`."""
+    """Method -> (place, worst skill), in order of place; means over seeds of what is the `same`.
+
+    A line has no point where a run diverged.
+    """
     found: dict[str, Curve] = {}
     for method, some in by(group, "method"):
         if method in ("anchor", "placebo"):
@@ -132,7 +135,9 @@ def points(group: Sequence[Row], same: Callable[[Row], str], at: Callable[[Row],
         for row in some:
             if (score := judged(row)) is not None:
                 parts.setdefault(same(row), []).append((at(row), score))
-        places = sorted((mean(x for x, _ in part), mean(y for _, y in part)) for part in parts.values())
+        places = sorted(
+            (mean(x for x, _ in part), y) for part in parts.values() if math.isfinite(y := mean(y for _, y in part))
+        )
         found[method] = ([x for x, _ in places], [y for _, y in places])
     return found
 
@@ -171,7 +176,9 @@ def healing_curve(row: Row) -> Curve | None:
     if row.method == "expert" or len(points) < 2 or not row.steps or "worst" not in points[0]:  # noqa: PLR2004
         return None
     each = row.tokens / row.steps
-    return [p.get("tokens", p["step"] * each) / 1e3 for p in points], [p["worst"] for p in points]
+    return [p.get("tokens", p["step"] * each) / 1e3 for p in points], [
+        math.nan if (w := p["worst"]) is None else w for p in points
+    ]
 
 
 def training(group: Sequence[Row]) -> Figure | None:
@@ -224,7 +231,9 @@ def _cell(axes: Axes, x: int, y: int, found: tuple[float, float] | None) -> None
     mixed = tuple(a + (b - a) * shade for a, b in zip(_PALE, _DEEP, strict=True))
     axes.add_patch(Rectangle(**box, facecolor=mixed))
     ink = _WHITE if shade > 0.5 else _BLACK  # noqa: PLR2004
-    axes.text(x + 0.5, y + 0.52, f"{score:.2f}", ha="center", va="center", color=ink, size=_SIZE - 0.5)
+    said = board.number(score, 2)
+    size = _SIZE - (2.0 if said == board.DIVERGED else 0.5)
+    axes.text(x + 0.5, y + 0.52, said, ha="center", va="center", color=ink, size=size)
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
