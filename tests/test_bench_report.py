@@ -15,7 +15,7 @@ import pytest
 from test_report import Balanced
 from typer.testing import CliRunner
 
-from polymerge.bench import axes, board, overview, reach, scarce, seed_table
+from polymerge.bench import axes, board, overview, reach, runner, scarce, seed_table
 from polymerge.bench.rows import Row, Store, excess, gather, judged, parse, training_flops
 from polymerge.cli import app
 from polymerge.errors import OutputError
@@ -123,6 +123,17 @@ def test_no_cell_is_empty_and_every_one_can_be_sorted_by(shown):
     assert keys["1.00e12"] == "1.00e12"
     assert keys["–"] == ""
     assert keys["fold + heal"] == "fold + heal"
+    assert keys["4 of 4"] == "4"
+    told = [
+        "over 1,200,000",
+        "11 of 11",
+        "0.0500 zipit (wins)",
+        "diverged",
+        "2,048 + written",
+        "2x128x4",
+        "-0.01 ± 0.2",
+    ]
+    assert [page._key(cell) for cell in told] == ["1200000", "11", "0.0500", "", "2048", "2x128x4", "-0.01"]
     heads = re.findall(r"<th\b[^>]*>", shown)
     assert all('aria-sort="none"' in head for head in heads)
     assert shown.count('<button type="button">') == len(heads)
@@ -142,6 +153,7 @@ def test_what_cannot_be_done_is_last_with_its_reason(shown):
 def test_where_ours_does_not_win_comes_first(shown):
     assert re.findall(r"<h2>(.*?)</h2>", shown)[0] == board.BEHIND
     assert "cross/a+b/all/sum: ot_fusion 0.9400 (ours 0.9200)" in shown
+    assert "fold + heal, modular: any other single model in 2 of 2" in shown
     assert board.BEHIND not in bench.page([r for r in made() if r.method != "ot_fusion"])
 
 
@@ -152,6 +164,15 @@ def test_a_rival_is_compared_on_the_seeds_that_it_has():
     assert board.behind(rows) == ["cross/a+b/all/sum: ot_fusion 0.9500 (ours 0.9300)"]
     better = [replace(r, scores={"a": 0.99, "b": 0.96}) if r.method == "fold_heal" and r.seed == 0 else r for r in rows]
     assert board.behind(better) == []
+    counted = [
+        "fold, modular: any other single model in 1 of 1",
+        "fold + heal, modular: any other single model in {} of 1",
+    ]
+    assert board.counts(rows) == [line.format(1) for line in counted]
+    assert board.counts(better) == [line.format(0) for line in counted]
+    more = [*rows, *(replace(r, method="anchor_distill_more") for r in rows if r.method == "anchor_distill")]
+    told = "fold + heal, modular: anchor padded + distilled, as many FLOPs, is ahead in 0 of 1 cases, any other single"
+    assert told in board.write(more)
 
 
 def test_at_a_glance_every_method_over_the_cells_that_all_groups_have():
@@ -272,6 +293,20 @@ def test_curves_are_those_of_the_rows():
     cross = [r for r in rows if r.method == "fold"]
     found = bench_figures.points(cross, lambda r: r.budget, lambda r: r.parameters / 1e6)
     assert found["fold"] == ([0.6, 0.9], pytest.approx([0.69, 0.79]))
+
+
+def test_no_two_methods_that_heal_look_alike_and_their_names_fit():
+    names = ["fold_heal", "fold_heal_more", "anchor_distill", "anchor_distill_more", "scratch_distill", "fuse_distill"]
+    healed = next(r for r in made() if r.method == "fold_heal")
+    figure = bench_figures.healing([replace(healed, method=name) for name in names])
+    drawn = {
+        (line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 2
+    }
+    assert len(drawn) == len(names)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_step_val_acc_99_is_not_marked_where_it_was_not_reached():
@@ -454,11 +489,19 @@ def test_rows_of_several_files_and_folders_are_one_page(tmp_path):
         gather([tmp_path / "rows/other.jsonl"])
     with pytest.raises(OutputError, match="does not exist"):
         gather([tmp_path / "nowhere"])
-    words = ["report", str(tmp_path / "rows/y.jsonl"), str(tmp_path / "rows/x.jsonl"), "--out", str(tmp_path)]
+    words = [
+        "report",
+        str(tmp_path / "rows/y.jsonl"),
+        str(tmp_path / "rows/x.jsonl"),
+        "--out",
+        str(tmp_path / "new/page"),
+    ]
     done = CliRunner().invoke(app, [*words, "--leaderboard", str(tmp_path / "BOARD.md")])
     assert done.exit_code == 0, done.output
     assert "0.3000" in (tmp_path / "BOARD.md").read_text()
-    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "new/page/report.html").is_file()
+    with pytest.raises(OutputError, match="cannot be made"):
+        runner.report(tmp_path / "rows/y.jsonl", tmp_path / "BOARD.md/page")
 
 
 def test_the_committed_leaderboard_is_that_of_the_committed_rows():

@@ -125,6 +125,7 @@ def report(
         raise OutputError(f"{said}: no rows of a benchmark; run `polymerge bench` first")
     cases = board.write_cases(rows)
     links = {suite: os.path.relpath(out / f"{suite}.md", paths[0].parent) for suite in cases}
+    page.folder(out)
     page.save(paths[0], board.write(rows, links))
     page.save(paths[1], bench.page(rows))
     for suite, text in cases.items():

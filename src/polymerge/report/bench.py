@@ -38,7 +38,8 @@ def page(rows: Sequence[Row]) -> str:
     rows = sorted(rows, key=lambda r: r.key)
     suites = [(suite, [r for r in rows if r.suite == suite]) for suite in dict.fromkeys(r.suite for r in rows)]
     lines = board.behind(rows)
-    parts = [(board.BEHIND, f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else "")]
+    told = f"{board.OURS}\n\n" + "\n".join(f"- {line}" for line in (*board.counts(rows), *lines))
+    parts = [(board.BEHIND, prose(told) if lines else "")]
     parts.append(("Every case and method", _drawn([(f"{s}: cases by methods", draw.heat(r)) for s, r in suites], HEAT)))
     parts.append(("Size and skill", _drawn([(f"{s}: size and skill", draw.sizes(r)) for s, r in suites], SIZES)))
     parts.append(("Text and skill", _drawn([(f"{s}: text and skill", draw.texts(r)) for s, r in suites], TEXTS)))

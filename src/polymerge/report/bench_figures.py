@@ -1,6 +1,7 @@
 """Figures of a benchmark, from its rows alone; each is None where there are no rows for it.
 
-Every method has one colour in all of them: ours blue and green, the distilled controls orange, all else grey.
+Every method has one line in all of them: ours blue and green, the distilled controls orange, what spends longer on
+healing dashed, all else grey.
 """
 
 import math
@@ -21,8 +22,9 @@ from polymerge.report.figures import FAINT, INK, PAPER, plain
 
 COLOURS = {
     "union": "#009E73", "fold": "#56B4E9", "fold_heal": "#0072B2", "anchor_distill": "#D55E00",
-    "scratch_distill": "#E69F00",
+    "scratch_distill": "#E69F00", "fold_heal_more": "#0072B2", "anchor_distill_more": "#D55E00",
 }  # fmt: skip
+DASHED = {"fold_heal_more", "anchor_distill_more"}
 _PALE, _DEEP, _BLACK, _WHITE = (0.93, 0.95, 0.98), (0.0, 0.27, 0.5), "#111111", "#ffffff"
 _SIZE = 8.5
 _LEAST = 0.02
@@ -113,7 +115,7 @@ def _panels(
         axes.set_title(name, size=_SIZE, color=INK, loc="left")
         for method, (x, y) in points(group, same, at).items():
             mark: dict[str, Any] = {"markersize": 4.0, "linewidth": 1.6 if method in COLOURS else 0.8}
-            axes.plot(x, y, "-o", color=COLOURS.get(method, FAINT), label=_legend(method), **mark)
+            axes.plot(x, y, _line(method), marker="o", color=COLOURS.get(method, FAINT), label=_legend(method), **mark)
         axes.set_xlabel(label, color=FAINT, size=_SIZE)
         axes.set_ylabel("worst skill, " + _UNITS.get(group[0].metric, group[0].metric), color=FAINT, size=_SIZE)
         if group[0].metric != "accuracy":
@@ -155,7 +157,7 @@ def healing(group: Sequence[Row]) -> Figure | None:
         shade, kept = COLOURS.get(row.method, FAINT), row.extra.get("best_step")
         label = None if row.method in seen else name_of(row.method)
         seen.add(row.method)
-        axes.plot(tokens, worst, "-", color=shade, linewidth=1.6, label=label)
+        axes.plot(tokens, worst, _line(row.method), color=shade, linewidth=1.6, label=label)
         at = [i for i, point in enumerate(row.extra["curve"]) if point["step"] == kept]
         ring: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": PAPER, "markersize": 6}
         axes.plot([tokens[i] for i in at], [worst[i] for i in at], color=shade, **ring)
@@ -249,6 +251,10 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     return figure, every[:count]
 
 
+def _line(method: str) -> str:
+    return "--" if method in DASHED else "-"
+
+
 def _legend(method: str) -> str:
     return name_of(method) if method in COLOURS else "others"
 
@@ -258,7 +264,9 @@ def _key(figure: Figure, panels: Sequence[Axes]) -> None:
     found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [*_PARTS.values(), *map(name_of, known())]
     lines = {n: found[n] for n in sorted(found, key=lambda n: (order.index(n) if n in order else len(order), n))}
+    across = min(len(lines), int(figure.get_figwidth() // 3))  # the longest name takes three inches
+    figure.set_figheight(figure.get_figheight() + 0.16 * (-(-len(lines) // across) - 1))
     figure.legend(
-        lines.values(), lines.keys(), loc="outside upper left", ncols=min(len(lines), 4), frameon=False,
-        labelcolor=INK, fontsize=_SIZE, handlelength=1.4,
+        lines.values(), lines.keys(), loc="outside upper left", ncols=across, frameon=False,
+        labelcolor=INK, fontsize=_SIZE, handlelength=2.4,
     )  # fmt: skip

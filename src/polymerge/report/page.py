@@ -9,7 +9,9 @@ from polymerge.errors import OutputError
 
 _STYLE = Path(__file__).with_name("page.css")
 _SORT = Path(__file__).with_name("sort.js")
+_UNKNOWN = ("–", "diverged")
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?(?= ±|$)")
+_LEADING = re.compile(r"(?:over )?([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?=\s|$)")
 Titled = Iterable[tuple[str, str]]
 
 
@@ -31,6 +33,14 @@ def save(path: Path | str, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def folder(path: Path) -> None:
+    """Make a folder for pages. Raises OutputError when it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made ({error.strerror}); choose another place") from error
 
 
 def joined(sections: Titled) -> str:
@@ -122,10 +132,10 @@ def _kinds(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "–" or _NUMBER.match(cell) is not None
+    return cell in _UNKNOWN or _NUMBER.match(cell) is not None
 
 
 def _key(cell: str) -> str:
-    """What a cell is sorted by: its number without a spread, nothing for a dash, else its text."""
-    found = _NUMBER.match(cell)
-    return "" if cell == "–" else found[0].replace(",", "") if found else cell
+    """What a cell is sorted by: the number that it begins with, nothing where there is no score, else its text."""
+    found = _LEADING.match(cell)
+    return "" if cell in _UNKNOWN else found[1].replace(",", "") if found else cell
