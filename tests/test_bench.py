@@ -354,6 +354,9 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
     Method.GRID = ({"knob": math.nan}, {"knob": 2.0}, {"knob": math.nan})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 2.0}
+    Method.grid = staticmethod(lambda experts: ({"knob": 0.1 + experts},))
+    assert methods.tuned(Bed("accuracy"), Method).scores == {"a": 0.1}
+    assert [len(methods.rivals()["linear"].grid(n)) for n in (1, 2, 3)] == [1, 3, 1]
     ties = methods.run(Bed("accuracy"), "mergekit_ties")
     assert (ties.scores, ties.notes) == ({"a": 0.7}, "weight 1 each, density 0.5, scale 0.7; best of 3 by validation")
     assert methods.run(Bed("accuracy"), "mergekit_linear").notes == "equal weights"

@@ -1,6 +1,8 @@
 """Folds shared by the methods of a case: made once by whoever is first, whole or again, gone when the case is done."""
 
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,11 +10,12 @@ import pytest
 from test_bench import tiny  # noqa: F401  a fixture
 
 from polymerge import bench
-from polymerge.bench import cells, modular_bed
+from polymerge.bench import cells, machine, modular_bed, shared
 from polymerge.bench.locks import held
 from polymerge.bench.methods import Outcome
 from polymerge.bench.modular_bed import ModularBed
 from polymerge.bench.shared import Shared
+from polymerge.clock import Clock
 
 
 def maker(made, text="whole"):
@@ -42,6 +45,25 @@ def test_the_second_who_asks_is_given_what_the_first_made_and_told_what_it_took(
     assert one.spent == (0.0, 0.0)
     assert (second.scores, second.parameters, second.size, second.flops) == ({"skill": 0.5}, 7, {"layers": 2}, 9)
     assert second.extra == {"balance": [1.0, float("inf")]}
+
+
+def test_a_models_peak_is_in_its_note_and_not_that_of_the_method_that_made_it(tmp_path, monkeypatch):
+    peaks = iter((3, 8))  # what the process held before, what the making took
+    monkeypatch.setattr(shared, "peak", lambda _device: next(peaks))
+    monkeypatch.setattr(shared, "reset_peak", lambda _device: None)
+    one = Shared(tmp_path)
+    assert one.model("fold", maker([]))[1].peak_bytes == 8
+    assert one.peak_bytes == 3
+    assert Shared(tmp_path).model("fold", maker([]))[1].peak_bytes == 8
+
+
+def test_the_seconds_of_a_child_that_has_ended_count():
+    clock = Clock()
+    with clock("child"):
+        subprocess.run([sys.executable, "-S", "-c", "sum(range(10**7))"], check=True)
+    assert clock.cpu_seconds["child"] > 0.05
+    assert machine.children_peak("cpu") > 10**6
+    assert machine.children_peak("cuda:0") == 0
 
 
 def test_half_a_model_is_made_again(tmp_path):

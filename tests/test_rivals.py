@@ -23,7 +23,7 @@ from polymerge.methods import (
     transport_and_merge,
     zipit,
 )
-from polymerge.methods._lift import lift, rows_of_all
+from polymerge.methods._lift import as_rows, lift, rows_of_all
 from polymerge.methods._merge import aligned
 from polymerge.methods._traces import activations
 from polymerge.model import decoder
@@ -183,6 +183,13 @@ class Free:
         out["up.weight"] = (w["up.weight"] * self.scale[:, None])[self.neurons] @ p
         out["down.weight"] = p.T @ (w["down.weight"] / self.scale)[:, self.neurons]
         return out
+
+
+def test_rows_are_counted_in_tokens():
+    """Rows of three tokens, as of modular arithmetic, are not 42 times less text."""
+    for time, rows in ((128, 2), (3, 85), (512, 1)):
+        assert len(rows_of_all(texts(rows=120, time=time), 4)) == 2 * rows
+        assert as_rows(2, torch.zeros(1, time, dtype=torch.long)) == rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -168,7 +168,7 @@ class Cells:
             **summarise(outcome.scores, bed.owners, bed.anchor_scores, bed.metric),
             "seconds": clock.seconds["run"] - bed.shared.spent[0] + outcome.reused[0],
             "cpu_seconds": clock.cpu_seconds["run"] - bed.shared.spent[1] + outcome.reused[1],
-            "peak_bytes": peak(self.device),
+            "peak_bytes": max(peak(self.device), bed.shared.peak_bytes, outcome.peak_bytes),
         }
 
     def _row(self, case: Case, seed: int, method: str, **facts: Any) -> Row:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import platform
 import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def children_peak(device: str) -> int:
+    """Bytes at the peak of any child that has ended; on a GPU, where its own memory counts, none."""
+    return 0 if device.startswith("cuda") else peak_bytes(resource.RUSAGE_CHILDREN)
 
 
 def peak(device: str) -> int:

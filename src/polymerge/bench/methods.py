@@ -66,7 +66,7 @@ class Outcome:
     """What one method gave: test scores by skill, and what it took beside the time that the runner measures.
 
     `reused`, `reused_flops`: (wall, CPU) seconds and operations of shared work that count here as well, once for all
-    settings that are tried.
+    settings that are tried. `peak_bytes`: of shared work and of other processes that count here as well.
     """
 
     scores: dict[str, float]
@@ -78,6 +78,7 @@ class Outcome:
     notes: str = ""
     reused: tuple[float, float] = (0.0, 0.0)
     reused_flops: int = 0
+    peak_bytes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -160,9 +161,11 @@ def run(bed: Bed, name: str) -> Outcome:
 
 
 def tuned(bed: Bed, method: Any) -> Outcome:
-    """A rival at the best of its settings (`GRID`: options that differ from the defaults)."""
+    """A rival at the best of its settings: options that differ from the defaults, its `GRID` or `grid(experts)`."""
     given = {"bases": bed.bases} if hasattr(method, "bases") else {}
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
+    if hasattr(method, "grid"):
+        grid = method.grid(len(bed.expert_parameters))
     made = [method(**given, **options) for options in grid]
     best = best_of(bed, {_settings(one): partial(bed.rival, one) for one in made})
     best.tokens = getattr(made[0], "training_tokens", 0)
@@ -189,6 +192,7 @@ def best_of(bed: Bed, tries: Mapping[str, Callable[[], Outcome]]) -> Outcome:
     best.flops = sum(spent) if spent else None
     best.reused = max(outcome.reused for outcome in found)
     best.reused_flops = max(outcome.reused_flops for outcome in found)
+    best.peak_bytes = max(outcome.peak_bytes for outcome in found)
     return best
 
 

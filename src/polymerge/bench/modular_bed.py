@@ -16,6 +16,7 @@ from polymerge.bench.answers import Weights, initial
 from polymerge.bench.distil import Distilled, Lesson, distil
 from polymerge.bench.flops import Products
 from polymerge.bench.fuse import fused
+from polymerge.bench.machine import children_peak
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.rows import training_flops
 from polymerge.bench.shared import Shared, folded
@@ -77,7 +78,7 @@ class ModularBed:
             "expert_scores": self.table, "anchor": plans[0].name,
         }  # fmt: skip
         self.family = families.get(FAMILY)
-        self.shared = Shared(shared or scratch)
+        self.shared = Shared(shared or scratch, device)
         self._scratch = scratch
 
     # ------------------------------------------------------------------ data
@@ -148,7 +149,7 @@ class ModularBed:
         weights: Weights = {None: source.outer()}
         weights |= {layer: source.layer(layer) for layer in range(source.spec.layers)}
         outcome = self._distilled(source.spec, weights, fold.reused)
-        outcome.flops = (outcome.flops or 0) + (fold.flops or 0)
+        outcome.flops, outcome.peak_bytes = (outcome.flops or 0) + (fold.flops or 0), fold.peak_bytes
         return outcome
 
     def fold_heal_more(self) -> Outcome:
@@ -223,7 +224,9 @@ class ModularBed:
         del scale
         folder = peer.merge(name, [e.path for e in self.experts], self._scratch / name, seed=self.seed)
         made = modular.opened(folder, self.device)
-        return Outcome(self._measured(made), made.parameters, table.size_of(made.spec))
+        return Outcome(
+            self._measured(made), made.parameters, table.size_of(made.spec), peak_bytes=children_peak(self.device)
+        )
 
     # ------------------------------------------------------------------ parts
 

@@ -42,7 +42,8 @@ class Row:
         steps: of that training.
         flops: of its matrix products, every learning rate and setting tried counted: by formula where a model is
             distilled (`training_flops`), counted while it ran elsewhere (`flops.Products`); None where not known.
-        seconds: wall; `cpu_seconds` of this process; `peak_bytes` resident (GPU: allocated) during the run.
+        seconds: wall; `cpu_seconds` of this process and its children; `peak_bytes` resident (GPU: allocated) during
+            the run.
         command: runs this row again.
         extra: curves, knobs and what else a report may show.
     """

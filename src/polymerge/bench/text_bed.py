@@ -15,6 +15,7 @@ from polymerge.bench import modular, peer, tokens
 from polymerge.bench.answers import Weights
 from polymerge.bench.flops import Products, Until
 from polymerge.bench.fuse import FusedTeacher
+from polymerge.bench.machine import children_peak
 from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
 from polymerge.bench.text import Detail, even_mixture, given
@@ -80,7 +81,7 @@ class TextBed:
             "heal": asdict(self.detail), "experts": {name: table.size_of(s.spec) for name, s in self.sources.items()},
             "training": {name: one.record for name, one in found.items() if one.record},
         }  # fmt: skip
-        self.shared = Shared(shared or scratch)
+        self.shared = Shared(shared or scratch, device)
         self.family = plan.family_of(self.recipe, {name: s.spec for name, s in self.sources.items()})
 
     def union(self) -> Outcome:
@@ -96,6 +97,7 @@ class TextBed:
         folder, fold = self._folded()
         outcome = self._distilled(lambda: load_student(folder), self._target(), features=Features.load(folder))
         outcome.reused, outcome.flops = fold.reused, (outcome.flops or 0) + (fold.flops or 0)
+        outcome.peak_bytes = fold.peak_bytes
         return outcome
 
     def fold_heal_more(self) -> Outcome:
@@ -198,6 +200,7 @@ class TextBed:
         made, model = Source(folder), load_student(folder)
         outcome = self._measured(model, made.spec)
         outcome.parameters, outcome.extra["validation"] = made.parameters, self._over(model)
+        outcome.peak_bytes = children_peak(self.device)
         return outcome
 
     # ------------------------------------------------------------------ parts

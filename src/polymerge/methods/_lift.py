@@ -23,6 +23,8 @@ from polymerge.model import decoder
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 
+ROW = 128
+"""Tokens of a row, as methods and their options count rows: text that is cut shorter is no less text."""
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
 
 
@@ -156,9 +158,14 @@ def plan_of(cost: Tensor, epsilon: float) -> Tensor:
         raise PreflightError(f"epsilon: {epsilon}: {error}") from None
 
 
+def as_rows(rows: int, tokens: Int[Tensor, "row time"]) -> int:
+    """How many rows of the tokens' length have as many tokens as so many rows of `ROW`: what methods count in."""
+    return max(1, rows * ROW // tokens.shape[1])
+
+
 def rows_of_all(texts: Calibration, limit: int) -> Int[Tensor, "row time"]:
-    """Fitted rows, at most `limit`, evenly from all owners."""
-    each = max(1, limit // len(texts.owned))
+    """Fitted rows, of at most so many tokens as `limit` rows of `ROW` have, evenly from all owners."""
+    each = max(1, as_rows(limit, texts.tokens) // len(texts.owned))
     return torch.cat([texts.of(k)[:each] for k in range(len(texts.owned))])
 
 
@@ -167,7 +174,7 @@ class Walk:
 
     def __init__(self, lifted: Sequence[Lifted], tokens: Int[Tensor, "row time"], batch: int = 32) -> None:
         self.lifted = list(lifted)
-        self.tokens = tokens.split(batch)
+        self.tokens = tokens.split(as_rows(batch, tokens))
         self.states = [
             [decoder.embed(e.spec, outer, rows.to(e.source.device)) for rows in self.tokens]
             for e, outer in ((e, e.outer()) for e in self.lifted)

@@ -9,6 +9,7 @@ identity elsewhere. Nothing is aligned: the control that shows what alignment is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class Method:
     """Weighted average after zero-padding. `weights`: one per expert in the recipe's order; empty: equal."""
 
     weights: tuple[float, ...] = ()
+
+    @staticmethod
+    def grid(experts: int) -> tuple[dict[str, Any], ...]:
+        """What a benchmark tries, as `GRID` of other methods."""
+        return ({}, {"weights": (0.3, 0.7)}, {"weights": (0.7, 0.3)}) if experts == 2 else ({},)  # noqa: PLR2004
 
     def merge(
         self, experts: Sequence[Source], anchor: int, target: Spec, texts: Calibration, emit: Emit, seed: int

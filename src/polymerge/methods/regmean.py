@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polymerge.calibrate.calibration import Calibration
 from polymerge.methods import orthogonal
-from polymerge.methods._lift import lift, rows_of_all, shares
+from polymerge.methods._lift import as_rows, lift, rows_of_all, shares
 from polymerge.methods._maps import Weights, average, used_rows
 from polymerge.methods._merge import Emit, aligned, embedding, final
 from polymerge.model import decoder
@@ -68,9 +68,10 @@ class _Regression:
         self, method: Method, weights: Sequence[float], target: Spec, embed: Tensor, texts: Calibration
     ) -> None:
         self.method, self.weights, self.target, self.like = method, weights, target, embed
-        each = max(1, method.rows // len(weights))
+        each = max(1, as_rows(method.rows, texts.tokens) // len(weights))
+        batch = as_rows(method.batch, texts.tokens)
         self.states = [
-            [F.embedding(rows.to(embed.device), embed) for rows in texts.of(k)[:each].split(method.batch)]
+            [F.embedding(rows.to(embed.device), embed) for rows in texts.of(k)[:each].split(batch)]
             for k in range(len(weights))
         ]
 

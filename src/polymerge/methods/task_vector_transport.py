@@ -23,7 +23,7 @@ from torch import Tensor
 from polymerge.align.procrustes import orthogonal
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Changed, Lifted, hold, rows_of_all
+from polymerge.methods._lift import Changed, Lifted, as_rows, hold, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods._traces import INPUTS, activations
@@ -54,7 +54,8 @@ class Method:
         """Emit the target's weights. Raises PreflightError as `check` does."""
         del seed
         lifted, own, bases = self.check(experts, anchor, target)
-        batches = rows_of_all(texts, self.rows).split(self.batch)
+        tokens = rows_of_all(texts, self.rows)
+        batches = tokens.split(as_rows(self.batch, tokens))
         gifts = [_carried(own, bases[k], expert, batches) for k, expert in enumerate(experts) if k != anchor]
 
         def add(index: int | None, own: Weights) -> Weights:

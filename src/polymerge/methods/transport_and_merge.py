@@ -26,7 +26,7 @@ from polymerge.align import transport
 from polymerge.align.correlation import Correlation
 from polymerge.calibrate.calibration import Calibration
 from polymerge.errors import PreflightError
-from polymerge.methods._lift import Changed, Lifted, hold, plan_of, rows_of_all
+from polymerge.methods._lift import Changed, Lifted, as_rows, hold, plan_of, rows_of_all
 from polymerge.methods._maps import Weights
 from polymerge.methods._merge import Alignment, Emit, emit_average
 from polymerge.methods._traces import INPUTS, activations
@@ -70,7 +70,8 @@ class Method:
         del seed
         lifted = self.check(experts, anchor, target)
         donors = [e for k, e in enumerate(experts) if k != anchor]
-        batches = rows_of_all(texts, self.rows).split(self.batch)
+        tokens = rows_of_all(texts, self.rows)
+        batches = tokens.split(as_rows(self.batch, tokens))
         gifts = [self.received(lifted, donor, batches) for donor in donors]
 
         def mix(index: int | None, own: Weights) -> Weights:
