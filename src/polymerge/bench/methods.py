@@ -167,9 +167,13 @@ def tuned(bed: Bed, method: Any) -> Outcome:
     if hasattr(method, "grid"):
         grid = method.grid(len(bed.expert_parameters))
     made = [method(**given, **options) for options in grid]
-    best = best_of(bed, {_settings(one): partial(bed.rival, one) for one in made})
-    best.tokens = getattr(made[0], "training_tokens", 0)
-    return best
+    return best_of(bed, {_settings(one): partial(_rival, bed, one) for one in made})
+
+
+def _rival(bed: Bed, method: Any) -> Outcome:
+    outcome = bed.rival(method)
+    outcome.tokens = getattr(method, "training_tokens", 0)
+    return outcome
 
 
 def best_of(bed: Bed, tries: Mapping[str, Callable[[], Outcome]]) -> Outcome:
