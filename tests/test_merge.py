@@ -1,5 +1,6 @@
 """A whole merge on tiny experts: what comes out loads anywhere, is the same every time, and can be resumed."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ import pytest
 import torch
 import yaml
 from conftest import save_tiny_model
+from rich.console import Console
 
 import polymerge
 from polymerge.calibrate.texts import read_skill
 from polymerge.errors import OutputError, PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.readers import TEST_ROWS, rows_of
+from polymerge.report import terminal
 
 RECIPE = {
     "method": "fold",
@@ -219,5 +222,11 @@ def test_of_two_experts_of_one_skill_the_better_one_is_kept(folder):
         assert row["owner"] == row["experts"]["prose"]  # what "over owner" is over
     assert result.summary()["left_out"] == ["same"]
     card = (result.out / "README.md").read_text()
+    assert "held-out text in rows of 16 tokens;" in card
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(terminal.merged(result.summary(), "out"))
+    said = " ".join(shown.file.getvalue().split())
+    assert "test text in rows of 16 tokens," in said
+    assert "without same: others predict its text better" in said
     assert "Without same: others predict its text better." in card
     assert "noise" not in card.split("---")[1]  # whose weights are none of its base models

@@ -168,6 +168,14 @@ def test_other_special_roles_are_a_warning(look, made):
     assert "tokenizer" not in subjects(report)
 
 
+def test_how_far_into_a_text_is_looked_is_told(look, made):
+    level, text = found(look(made("llama"), made("llama")), "fold.length")
+    assert level == "approximate"
+    assert "rows of 32 tokens, the result states 128 positions" in text
+    whole = look(made("llama"), made("llama"), fold={"length": 128, "tokens": 640})
+    assert "fold.length" not in subjects(whole)
+
+
 def test_another_chat_template_is_a_warning(look, made):
     plain, mine, other = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
     mine.chat_template, other.chat_template = "{{ messages }}", "{{ messages }}!"

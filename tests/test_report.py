@@ -86,7 +86,7 @@ def test_the_page_is_well_formed(page):
 
 
 def test_the_headline_is_the_worst_skill(page):
-    assert "<h1>prose + code in one llama: the worst skill, code, is 0.250 bits per byte from its own expert" in page
+    assert "<h1>prose + code in one llama: the worst skill, code, is 0.250 bits per byte from its owner" in page
 
 
 def test_every_section_is_there(page):
@@ -128,7 +128,7 @@ def test_what_was_not_measured_is_left_out():
 
 def test_a_skill_may_end_better_than_its_expert():
     skills = {"a": {"owner": 1.0, "fold": 0.9, "experts": {"a": 1.0}}}
-    assert "0.100 bits per byte better than its own expert" in html.page({**FULL, "skills": skills, "knob_trials": []})
+    assert "0.100 bits per byte better than its owner" in html.page({**FULL, "skills": skills, "knob_trials": []})
 
 
 def test_worst_is_by_distance_not_by_value():

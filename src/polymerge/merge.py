@@ -63,7 +63,7 @@ _NOT_PLAIN = ("out", "report", "cpu_seconds", "features")
 
 @dataclass
 class MergeResult:
-    """What a merge did; all losses in bits per byte on test text. `summary()` is JSON-ready.
+    """What a merge did; losses in bits per byte on test text, in rows of `length` tokens. `summary()` is JSON-ready.
 
     `features`: of each skill's owner, for healing later.
     """
@@ -73,6 +73,7 @@ class MergeResult:
     report: preflight.Report
     parameters: int
     expert_parameters: dict[str, int]
+    length: int
     shape: dict[str, Any] = field(default_factory=dict)
     skills: dict[str, dict[str, Any]] = field(default_factory=dict)
     knobs: dict[str, Any] = field(default_factory=dict)
@@ -191,7 +192,8 @@ def prepare(
     report = preflight.check(
         recipe, sources, tokenizers, shapes, out, skills, speech=spoken, foreign=foreign, work=work
     )
-    result = MergeResult(None, recipe.method, report, report.parameters or sum(sizes.values()), sizes)
+    size = report.parameters or sum(sizes.values())
+    result = MergeResult(None, recipe.method, report, size, sizes, recipe.fold.length)
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
     if foreign:

@@ -141,6 +141,7 @@ def finish(
         description=_describe(recipe, result),
         parameters=result.parameters,
         skills=[SkillRow(k, r["owner"], r["union"], r["fold"], r["healed"]) for k, r in result.skills.items()],
+        length=recipe.fold.length,
         licenses=[preflight.licence(s.path) for s in part.values()],
         facts={name: str(value) for name, value in result.shape.items()},
     )))  # fmt: skip

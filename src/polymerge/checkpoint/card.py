@@ -27,7 +27,8 @@ class Card:
     """What a model card says.
 
     base_models: hub name or folder name of each expert, in recipe order. licenses: one per expert, None where
-    unknown. recipe: the recipe file's text, verbatim. description: paragraphs on how the model was made.
+    unknown. recipe: the recipe file's text, verbatim. description: paragraphs on how the model was made. length: tokens
+    of the rows that the skills were measured in.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Card:
     description: str
     parameters: int
     skills: Sequence[SkillRow] = ()
+    length: int | None = None
     licenses: Sequence[str | None] = ()
     facts: Mapping[str, str] | None = None
     bibtex: Sequence[str] = ()
@@ -69,7 +71,7 @@ def model_card(card: Card) -> str:
         _facts({"method": card.method, "parameters": f"{card.parameters:,}", **(card.facts or {})}),
     ]
     if card.skills:
-        parts.append(_skills(card.skills))
+        parts.append(_skills(card.skills, card.length))
     parts.append("## Recipe\n\n" + _fenced("yaml", card.recipe))
     if card.bibtex:
         parts.append("## Citation\n\n" + _fenced("bibtex", "\n\n".join(entry.strip() for entry in card.bibtex)))
@@ -80,7 +82,7 @@ def _facts(facts: Mapping[str, str]) -> str:
     return "## Details\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {_cell(v)} |" for k, v in facts.items())
 
 
-def _skills(rows: Sequence[SkillRow]) -> str:
+def _skills(rows: Sequence[SkillRow], length: int | None) -> str:
     """Only the columns that were measured."""
     columns = [c for c in ("owner", "union", "fold", "healed") if any(getattr(r, c) is not None for r in rows)]
     lines = ["| skill | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
@@ -88,7 +90,8 @@ def _skills(rows: Sequence[SkillRow]) -> str:
         values = [getattr(row, c) for c in columns]
         cells = " | ".join("–" if v is None else f"{v:.3f}" for v in values)
         lines.append(f"| {_cell(row.name)} | {cells} |")
-    return "## Skills\n\nBits per byte on held-out text; lower is better.\n\n" + "\n".join(lines)
+    how = f" in rows of {length} tokens" if length else ""
+    return f"## Skills\n\nBits per byte on held-out text{how}; lower is better.\n\n" + "\n".join(lines)
 
 
 def _cell(text: str) -> str:

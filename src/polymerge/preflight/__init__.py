@@ -22,7 +22,7 @@ from polymerge.model import rope
 from polymerge.model.source import Source
 from polymerge.plan import Plan
 from polymerge.preflight.architecture import fold_findings
-from polymerge.preflight.asked import alike, check_method, check_places, few_rows, unbounded, without_effect
+from polymerge.preflight.asked import alike, beyond, check_method, check_places, few_rows, unbounded, without_effect
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
 from polymerge.preflight.translation import translation_findings
@@ -96,6 +96,7 @@ def check(
         findings += loading_findings(plan.family.model_type, sources[speech.owner], speech, texts)
     check_method(recipe, sources, tokenizers if foreign else {}, plan, speech.owner)
     findings += [*without_effect(recipe), *few_rows(recipe), *alike(sources, texts), *unbounded(recipe, sources, plan)]
+    findings += beyond(recipe, plan)
     findings += [*_lean(recipe), *_dtypes(recipe, sources), *_codes(sources)]
     findings += _check_texts(recipe, speech.tokenizer, texts, healed=plan is not None)
     findings += _licences(sources, recipe.anchor)

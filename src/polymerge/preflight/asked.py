@@ -69,6 +69,17 @@ def few_rows(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("warning", "fold.tokens", text)
 
 
+def beyond(recipe: Recipe, plan: Plan | None) -> Iterator[Finding]:
+    """How far into a text a result is fitted and measured."""
+    length = recipe.fold.length
+    if plan is not None and plan.shapes[0].max_positions > length:
+        text = (
+            f"texts are read in rows of {length} tokens, the result states {plan.shapes[0].max_positions:,} positions: "
+            "how it does later in a text is not looked at (`polymerge eval --length` tells)"
+        )
+        yield Finding("approximate", "fold.length", text)
+
+
 LARGE = 1.5
 """Times the largest expert: the budget of a recipe that gives no size."""
 

@@ -43,3 +43,8 @@ def stage_seconds(summary: Mapping[str, Any], key: str = "seconds") -> dict[str,
     """Wall (or `cpu_seconds`) time by stage, without the total."""
     stages = summary.get(f"stage_{key}") or {}
     return {name: float(value) for name, value in stages.items() if name != "total"}
+
+
+def in_rows(length: int | None) -> str:
+    """How long the texts were at a time that figures are of."""
+    return f" in rows of {length} tokens" if length else ""

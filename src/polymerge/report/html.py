@@ -47,7 +47,7 @@ def page(summary: Mapping[str, Any]) -> str:
     ]
     foot = (
         f"Made by polymerge {summary.get('version', '')}. Bits per byte are measured on test text that no stage of "
-        "the merge read; lower is better."
+        f"the merge read{report.in_rows(summary.get('length'))}; lower is better."
     )
     return document(headline, lead, f"{_facts(summary)}\n{joined(sections)}", foot)
 
@@ -62,9 +62,7 @@ def _headline(summary: Mapping[str, Any]) -> tuple[str, str]:
     if name is None or lost is None:
         return f"{what}: no skill was measured", ""
     distance = (
-        f"{lost:.3f} bits per byte from its own expert"
-        if lost >= 0
-        else f"{-lost:.3f} bits per byte better than its own expert"
+        f"{lost:.3f} bits per byte from its owner" if lost >= 0 else f"{-lost:.3f} bits per byte better than its owner"
     )
     lead = ""
     if shape:

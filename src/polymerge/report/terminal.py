@@ -21,8 +21,8 @@ def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
     return made
 
 
-def skills(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Bits per byte by skill and stage; the skill that lost most is bold."""
+def skills(rows: Mapping[str, Mapping[str, Any]], length: int | None = None) -> Table:
+    """Bits per byte by skill and stage, in rows of so many tokens; the skill that lost most is bold."""
     stages = [s for s in report.STAGES if any(row.get(s) is not None for row in rows.values())]
     columns = ["owner", *stages, "over owner"]
     made = table("skill", *columns, numbers=columns)
@@ -34,7 +34,7 @@ def skills(rows: Mapping[str, Mapping[str, Any]]) -> Table:
             bits(report.excess(row), "+.3f"),
         ]
         made.add_row(name, *cells, style="bold" if name == loser else "")
-    made.caption = Text("bits per byte on test text, lower is better", style="dim")
+    made.caption = Text(f"bits per byte on test text{report.in_rows(length)}, lower is better", style="dim")
     made.caption_justify = "left"
     return made
 
@@ -49,7 +49,9 @@ def merged(summary: Mapping[str, Any], out: str | None) -> RenderableType:
         facts.append(duration(total))
     if summary.get("peak_bytes"):
         facts.append(f"peak memory {size(summary['peak_bytes'])}")
-    lines: list[RenderableType] = [skills(summary["skills"]), "", " · ".join(facts)]
+    lines: list[RenderableType] = [skills(summary["skills"], summary.get("length")), "", " · ".join(facts)]
+    if left_out := summary.get("left_out"):
+        lines.append(f"without {', '.join(left_out)}: others predict its text better")
     if out is not None:
         remote = ", trust_remote_code=True" if summary.get("method") == "union" else ""
         lines += [
