@@ -175,6 +175,13 @@ def conversation(i):
     return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
+def test_question_and_answer(tmp_path):
+    records = [{"question": f"What is {i} + {i + 1}?" + " " * 20, "answer": f"{2 * i + 1}"} for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert pairs([tmp_path / "sums.jsonl"]) == [(r["question"] + "\n", r["answer"]) for r in records]
+    assert f"{records[7]['question']}\n15" in documents_of(read_skill("sums", [tmp_path / "sums.jsonl"]))
+
+
 def test_conversations_are_written_by_the_chat_template(tmp_path, tokenizer):
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(json.dumps(conversation(i)) for i in range(60)))

@@ -1,7 +1,7 @@
 """Text files of any common kind, read into documents.
 
 A folder is walked in sorted order. `.jsonl` (`.ndjson`) is one object a line, `.json` a list of objects: a document is
-the object's `field`, or else its `prompt` followed by its `answer` (or `completion`), or else its `messages` as a chat
+the object's `field`, or else its `prompt` (or `question`) followed by its `answer` (or `completion`), or else its `messages` as a chat
 template writes them. Any other file is plain text, cut at line ends into blocks of about `BLOCK` characters, so that a
 single long book can be split too. Each may be compressed (`.gz`). A table (`TABLES`) that is named itself is refused.
 """
@@ -165,6 +165,8 @@ def _json(where: str, text: str, of_lines: str = "") -> Any:
 
 def _pair(item: dict[str, Any]) -> tuple[str, str] | None:
     prompt, answer = item.get("prompt"), item.get("answer", item.get("completion"))
+    if prompt is None and isinstance(item.get("question"), str):
+        prompt = item["question"] + "\n"
     return (prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
 
 
