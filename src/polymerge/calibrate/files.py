@@ -1,9 +1,10 @@
 """Text files of any common kind, read into documents.
 
 A folder is walked in sorted order. `.jsonl` (`.ndjson`) is one object a line, `.json` a list of objects: a document is
-the object's `field`, or else its `prompt` (or `question`) followed by its `answer` (or `completion`), or else its `messages` as a chat
-template writes them. Any other file is plain text, cut at line ends into blocks of about `BLOCK` characters, so that a
-single long book can be split too. Each may be compressed (`.gz`). A table (`TABLES`) that is named itself is refused.
+the object's `field`, or else its `prompt` (or `question`) followed by its `answer` (or `completion`), or else its
+`messages` as a chat template writes them. Any other file is plain text, cut at line ends into blocks of about `BLOCK`
+characters, so that a single long book can be split too. Each may be compressed (`.gz`). A table (`TABLES`) that is
+named itself is refused.
 """
 
 import gzip
