@@ -113,14 +113,12 @@ class Source:
 
     def _has_another_head(self) -> bool:
         """Whether a head is stored beside the embedding that it should be, and is not: transformers takes the head."""
-        [embed] = [row for row in self.family.tensors if row.roles == ("embed.weight",)]
-        stored = [
-            name for row in self.family.tensors if row.when == "head" if (name := self._name(row, None)) in self._stored
-        ]
-        return any(
-            not torch.equal(self.checkpoint.tensor(name), self.checkpoint.tensor(self._name(embed, None)))
-            for name in stored
-        )
+        embeds = [row for row in self.family.tensors if row.roles == ("embed.weight",)]
+        heads = [row for row in self.family.tensors if row.when == "head" and self._name(row, None) in self._stored]
+        if not heads:
+            return False
+        table, *found = (self.checkpoint.tensor(self._name(row, None)).to(self.dtype) for row in (*embeds, *heads))
+        return any(not torch.equal(table, head) for head in found)
 
     def _check_names(self) -> None:
         expected = {name: row for row in self._rows() for name in self._names(row)}
