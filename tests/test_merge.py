@@ -195,7 +195,7 @@ def test_union_holds_both_experts_and_keeps_the_bound(folder):
 
 
 def test_labels_are_not_needed(folder):
-    gate = {**RECIPE["fold"], "ownership": "gate"}
+    gate = {**RECIPE["fold"], "ownership": "gate", "trials": False}
     result = polymerge.merge(write(folder, fold=gate, heal=None), folder / "gate")
     assert all(row["fold"] is not None for row in result.skills.values())
 
@@ -203,7 +203,8 @@ def test_labels_are_not_needed(folder):
 def test_three_experts_merge(folder):
     save_tiny_model(folder / "third-expert", "gpt2", hidden_size=16, n_head=2, seed=2)
     experts = {**RECIPE["experts"], "prose2": {"model": "third-expert", "text": "prose.txt"}}
-    result = polymerge.merge(write(folder, experts=experts, heal=None), folder / "three")
+    fold = {**RECIPE["fold"], "trials": False}
+    result = polymerge.merge(write(folder, experts=experts, heal=None, fold=fold), folder / "three")
     assert set(result.skills) == {"prose", "code", "prose2"}
 
 

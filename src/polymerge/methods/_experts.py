@@ -29,7 +29,7 @@ class Experts:
     ) -> None:
         self.sources, self.texts, self.hosts, self.batch = sources, texts, hosts, batch
         self.device, self.dtype = sources[0].device, sources[0].dtype
-        self.normed = "qk_norm" in target.features
+        self.normed = all("qk_norm" in spec.features for spec in (target, *(s.spec for s in sources)))
         numbers = texts.tokens.numel() * kept([s.spec for s in sources], target)
         self.home = home(torch.device(self.device), numbers * self.dtype.itemsize)
         self.outers = [source.outer() for source in sources]
@@ -54,7 +54,7 @@ class Experts:
     def attention(self, present: Present) -> Iterator[tuple[At, Tensor, int, tuple[Tensor, Tensor, Tensor]]]:
         """Queries, keys and values of each, batch by batch: (at, rows, up to which position, theirs); moves all states.
 
-        For a target that normalises queries and keys itself, those of an expert that does so are not normalised yet.
+        Where all experts normalise queries and keys, and the target does so itself, they are not normalised yet.
         Where several layers of an expert are hosted, its state then has what all their attention writes, and no MLP.
         """
         self._inside, states = {}, list(self.states)
@@ -67,7 +67,7 @@ class Experts:
                 q, key, v = decoder.project_heads(spec, weights, n)
                 written = decoder.written(spec, weights, "o", decoder.attend(spec, q, key, v))
                 mid[rows, :own] = width.centred(source, x + written).to(self.home)
-                if self.normed and "qk_norm" in spec.features:
+                if self.normed:
                     q, key = (_before_norm(spec, weights, role, n) for role in "qk")
                 yield (k, i), rows, time, (q, key, v)
             self._inside[k, i] = start, mid

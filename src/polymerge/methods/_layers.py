@@ -321,8 +321,8 @@ class LayerFold:
     def _norms(self, weights: dict[str, Tensor], present: Present) -> dict[str, Tensor]:
         """For a target that normalises q and k per head: γ, and the maps so that γ turns no direction.
 
-        γ² is the mean over heads, of an expert's own γ² where it normalises (then one expert is kept exactly), else of
-        the typical power.
+        γ² is the mean over heads: of the experts' own γ² where all normalise (one is kept exactly then), else of the
+        typical power.
         """
         out: dict[str, Tensor] = {}
         size = self.target.head_size
@@ -333,7 +333,7 @@ class LayerFold:
             for k, i in present:
                 spec = self.experts.spec(k).at(i)
                 heads = slice(first, first := first + spec.heads // self.ratio * ratio)
-                if "qk_norm" in spec.features:
+                if self.experts.normed:
                     gamma = self.placements[k][i].place(present[k, i][f"{role}_norm.weight"][None], value=False)
                     squares[heads] = gamma.pow(2) * spec.head_size / size  # beside zeros a head is that much smaller
             gamma = squares.mean(0).sqrt()
