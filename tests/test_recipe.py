@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from polymerge import recipe as recipes
+from polymerge._quantities import Budget
 from polymerge.errors import RecipeError
 from polymerge.heal import Heal
-from polymerge.recipe import Budget, Expert, Fold, Recipe, Size, Union, parse, read, read_with_text
+from polymerge.recipe import Expert, Fold, Recipe, Size, Union, parse, read, read_with_text
 
 TEXT = """\
 method: fold

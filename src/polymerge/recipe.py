@@ -14,10 +14,9 @@
 Paths are relative to the recipe's folder. Unknown keys are refused with the nearest known one.
 """
 
-import math
 import os
 from collections.abc import Container, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,27 +24,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from polymerge import methods
+from polymerge._quantities import Budget, Count, budget, count, dtype_name, number, whole
 from polymerge._suggest import closest, unknown
 from polymerge.checkpoint import hub
 from polymerge.errors import RecipeError
 from polymerge.heal import Heal
-
-_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-def count(value: object) -> object:
-    """Read "400k" as 400000; numbers pass."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip().lower().replace("_", "")
-    digits, suffix = (text[:-1], text[-1]) if text and text[-1] in "kmb" else (text, "")
-    try:
-        return round(float(digits) * _SUFFIX[suffix])
-    except (ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a count; write 400k, 1.5M or a number") from None
-
-
-Count = Annotated[int, BeforeValidator(count), Field(gt=0)]
 
 
 class _Strict(BaseModel):
@@ -99,39 +82,6 @@ def _check_local(expert: dict[str, Any]) -> None:
     for text in expert["text"] if isinstance(expert.get("text"), list) else []:
         if "://" in str(text):
             raise ValueError(f"text: {text!r} is an address; texts are local files: fetch it first")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """At most `times` the parameters of the largest expert, or `parameters` in absolute terms."""
-
-    times: float | None = None
-    parameters: int | None = None
-
-    def resolve(self, largest: int) -> int:
-        """Parameters that the result may have."""
-        if self.parameters is not None:
-            return self.parameters
-        assert self.times is not None
-        return round(self.times * largest)
-
-
-def budget(value: object) -> object:
-    """Read "1.5x" or "900k" as a budget."""
-    if isinstance(value, str) and value.strip().lower().endswith("x"):
-        try:
-            times = float(value.strip()[:-1])
-        except ValueError:
-            raise ValueError(f"{value!r} is not a multiple; write 1.5x") from None
-        if not 0 < times < math.inf:
-            raise ValueError(f"{value!r}: a model needs more than no parameters and less than infinitely many")
-        return Budget(times=times)
-    if isinstance(value, Budget):
-        return value
-    number = count(value)
-    if not isinstance(number, int) or number <= 0:
-        raise ValueError(f"{value!r} is neither a multiple (1.5x) nor a count (900k)")
-    return Budget(parameters=number)
 
 
 class Size(_Strict):
@@ -191,31 +141,9 @@ def healing(value: object) -> object:
         if key not in known:
             raise ValueError(unknown("key", str(key), known))
     given = {key: v for key, v in value.items() if v is not None}  # a key left empty: its default
-    number: dict[str, Any] = dict.fromkeys(("tokens", "batch_rows", "length", "evaluate_every"), _whole)
-    number |= dict.fromkeys(("lr", "warmup", "features", "text"), _number)
-    return Heal(**{key: number[key](v) if key in number else v for key, v in given.items()})
-
-
-def _whole(value: object) -> int:
-    found = count(value)
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise ValueError(f"{value!r} is not a count; write 400k, 1.5M or a number")  # noqa: TRY004  pydantic's
-    return found
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]  # YAML reads 1e-4 as text
-    except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is no number") from None
-
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def dtype_name(value: object) -> object:
-    """Read "bf16" as "bfloat16"."""
-    return DTYPES.get(value, value) if isinstance(value, str) else value
+    reads: dict[str, Any] = dict.fromkeys(("tokens", "batch_rows", "length", "evaluate_every"), whole)
+    reads |= dict.fromkeys(("lr", "warmup", "features", "text"), number)
+    return Heal(**{key: reads[key](v) if key in reads else v for key, v in given.items()})
 
 
 WORDS = {"lean": LEAN, "whole": {key: Fold.model_fields[key].default for key in LEAN}}
