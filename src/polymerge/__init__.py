@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from polymerge.errors import PolymergeError
     from polymerge.evaluate import evaluate
     from polymerge.inspect import inspect
-    from polymerge.merge import MergeResult, merge
+    from polymerge.merge import merge
     from polymerge.recipe import read as read_recipe
+    from polymerge.result import MergeResult
 
     __version__: str
 
 __all__ = ["MergeResult", "PolymergeError", "__version__", "evaluate", "inspect", "merge", "read_recipe"]
 
 _WHERE = {
-    "MergeResult": ("merge", "MergeResult"),
+    "MergeResult": ("result", "MergeResult"),
     "PolymergeError": ("errors", "PolymergeError"),
     "evaluate": ("evaluate", "evaluate"),
     "inspect": ("inspect", "inspect"),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -24,9 +24,7 @@ from polymerge.methods.fold import Choice, Folded
 from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.recipe import Recipe
-
-if TYPE_CHECKING:
-    from polymerge.merge import MergeResult
+from polymerge.result import MergeResult
 
 FOLD = "fold.json"
 
@@ -111,7 +109,7 @@ def finish(
     skills: Mapping[str, Skill],
     calibration: str,
     speech: Speech,
-    result: "MergeResult",
+    result: MergeResult,
 ) -> None:
     """Everything beside the weights and the config."""
     speaker = sources[speech.owner].checkpoint
@@ -147,7 +145,7 @@ def finish(
     )))  # fmt: skip
 
 
-def _describe(recipe: Recipe, result: "MergeResult") -> str:
+def _describe(recipe: Recipe, result: MergeResult) -> str:
     experts = len(recipe.experts) - len(result.left_out)
     if recipe.method == "union":
         return (
