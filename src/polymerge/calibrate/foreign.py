@@ -75,7 +75,7 @@ class Foreign:
         """Batches of rows, their reading, and the expert's log-probabilities; each layer is read once for all."""
         batches, outer = tokens.split(batch), self.source.outer()
         readings = [self.read(rows) for rows in batches]
-        states = self.source.states([reading.tokens for reading in readings])
+        states = self.source.states(outer, [reading.tokens for reading in readings])
         for rows, reading, x in zip(batches, readings, states, strict=True):
             yield rows, reading, decoder.logits(self.source.spec, outer, x).log_softmax(-1)
 

@@ -330,12 +330,11 @@ class LayerFold:
             batches = (decoder.linear(weights, role, self.normalised(rows)) for rows in self.batches())
             power = torch.stack([x.unflatten(-1, (-1, size)).pow(2).mean((0, 1, 3)) for x in batches]).mean(0)
             squares, first = power[:, None].repeat(1, size), 0
-            for k, i in present:
+            for k, i in present if self.experts.normed else ():
                 spec = self.experts.spec(k).at(i)
                 heads = slice(first, first := first + spec.heads // self.ratio * ratio)
-                if self.experts.normed:
-                    gamma = self.placements[k][i].place(present[k, i][f"{role}_norm.weight"][None], value=False)
-                    squares[heads] = gamma.pow(2) * spec.head_size / size  # beside zeros a head is that much smaller
+                gamma = self.placements[k][i].place(present[k, i][f"{role}_norm.weight"][None], value=False)
+                squares[heads] = gamma.pow(2) * spec.head_size / size  # beside zeros a head is that much smaller
             gamma = squares.mean(0).sqrt()
             gamma = torch.where(gamma > 0, gamma, gamma.mean())
             turned = weights[f"{role}.weight"].unflatten(0, (-1, size)) * (gamma.mean() / gamma)[:, None]

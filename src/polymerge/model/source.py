@@ -63,22 +63,22 @@ class Source:
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
         """Logits of a batch, layer by layer (batch, time, vocab)."""
-        [states] = self.states([tokens])
-        return decoder.logits(self.spec, self.outer(), states)
+        outer = self.outer()
+        [states] = self.states(outer, [tokens])
+        return decoder.logits(self.spec, outer, states)
 
     @torch.no_grad()
     def log_probs(self, tokens: Int[Tensor, "row time"], batch: int = 32) -> Tensor:
         """Log p(next token) at every position but the last (row, time - 1), one layer in memory at a time."""
         outer, scores, batches = self.outer(), [], tokens.split(batch)
-        for rows, x in zip(batches, self.states(batches), strict=True):
+        for rows, x in zip(batches, self.states(outer, batches), strict=True):
             log_probs = decoder.logits(self.spec, outer, x[:, :-1]).log_softmax(-1)
             scores.append(log_probs.gather(-1, rows[:, 1:, None].to(self.device))[..., 0].cpu())
         return torch.cat(scores)
 
     @torch.no_grad()
-    def states(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def states(self, outer: Mapping[str, Tensor], batches: Sequence[Tensor]) -> list[Tensor]:
         """The last states (row, time, resid) of batches of tokens (row, time), each layer read once for all of them."""
-        outer = self.outer()
         states = [decoder.embed(self.spec, outer, tokens.to(self.device)) for tokens in batches]
         for index in range(self.spec.layers):
             spec, weights = self.spec.at(index), self.layer(index)
