@@ -28,7 +28,7 @@ from polymerge.checkpoint import place
 from polymerge.errors import CheckpointError, OutputError, PreflightError, RecipeError, TextError
 from polymerge.model.source import Source
 from polymerge.preflight import architecture
-from polymerge.recipe import parse
+from polymerge.recipe import LEAN, parse
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,16 @@ def test_report_is_plain_data_and_readable(look, made):
     largest = max(Source(made(n)).parameters for n in ("llama", "gpt2"))
     assert report.parameters <= 1.5 * largest
     summary = json.loads(json.dumps(report.summary()))
-    assert set(summary) == {"findings", "parameters", "memory_bytes", "disk_bytes", "seconds", "stages", "sources"}
+    assert set(summary) == {
+        "findings",
+        "parameters",
+        "memory_bytes",
+        "disk_bytes",
+        "seconds",
+        "stages",
+        "lean_seconds",
+        "sources",
+    }
     assert report.disk_bytes > 2 * report.parameters
     text = str(report)
     for finding in report.findings:
@@ -576,6 +585,20 @@ def test_time_is_told_by_stage_and_measuring_goes_by_the_text_that_there_is(look
     assert long.stages["evaluate"] == pytest.approx(2 * short.stages["evaluate"], rel=0.2)
 
 
+def test_a_long_fold_is_told_with_what_a_lean_one_takes(look, made, monkeypatch):
+    experts = (made("llama"), made("gpt2", "gpt2"))
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda *_: 1e6)
+    asked = {"length": 32, "tokens": "64k"}
+    whole, lean = look(*experts, fold=asked), look(*experts, fold=LEAN | {"length": 32})
+    assert whole.lean_seconds == pytest.approx(lean.seconds)
+    assert lean.lean_seconds == pytest.approx(lean.seconds)
+    assert whole.seconds > 3600
+    assert "with `fold: lean`" in whole.text()
+    assert "with `fold: lean`" not in lean.text()
+    monkeypatch.setattr("polymerge.preflight.cost.speed", lambda *_: 1e12)
+    assert "with `fold: lean`" not in look(*experts, fold=asked).text()
+
+
 def test_time_is_estimated_with_the_threads_that_the_merge_takes(look, made, monkeypatch):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(2)
@@ -606,7 +629,8 @@ tokenizers = {k: AutoTokenizer.from_pretrained(s.path) for k, s in sources.items
 specs, sizes = ({k: getattr(s, n) for k, s in sources.items()} for n in ("spec", "parameters"))
 shapes = plan.make(recipe, specs, sizes)
 texts = {k: read_skill(k, e.text) for k, e in recipe.experts.items()}
-print(replace(preflight.check(recipe, sources, tokenizers, shapes, None, texts), stages={}), shapes.shapes)
+report = preflight.check(recipe, sources, tokenizers, shapes, None, texts)
+print(replace(report, stages={}, lean_seconds=None), shapes.shapes)
 """
 
 

@@ -132,10 +132,10 @@ def expert(name: str, seed: int = 0) -> Any:
     return model
 
 
-def union_of(*names: str, alpha: float = 0.0) -> UnionForCausalLM:
+def union_of(*names: str, alpha: float = 0.0, prior: list[float] | None = None) -> UnionForCausalLM:
     found, spoken = tables({f"{i}": make_tokenizer(n) for i, n in enumerate(names)}, "0")
     experts = [expert(n, i) for i, n in enumerate(names)]
-    return UnionForCausalLM.from_experts(experts, alpha=alpha, tables=found, expert_tokenizers=spoken)
+    return UnionForCausalLM.from_experts(experts, alpha=alpha, prior=prior, tables=found, expert_tokenizers=spoken)
 
 
 def ids_of(name: str, text: str) -> torch.Tensor:
@@ -160,6 +160,15 @@ def test_predictions_are_distributions_over_the_anchors_tokens(names):
         assert out.logits.shape[-1] == len(make_tokenizer(names[0]))
         torch.testing.assert_close(out.logits.exp().sum(-1), torch.ones_like(out.logits[..., 0]), atol=1e-6, rtol=0)
         assert out.logits.isfinite().all()
+
+
+def test_an_anchor_without_weight_still_tells_what_a_donor_leaves_open():
+    ids = ids_of("plain", TEXTS[0])
+    even, alone = union_of("plain", "merged")(ids), union_of("plain", "merged", prior=[0.0, 1.0])(ids)
+    assert (alone.gate_weights[..., 0] == 0).all()
+    # Before anything is read half of the even union's prediction is the donor's, the rest the anchor's own.
+    own = expert("plain")(ids).logits[:, 0].softmax(-1)
+    torch.testing.assert_close((own + alone.logits[:, 0].exp()) / 2, even.logits[:, 0].exp(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)

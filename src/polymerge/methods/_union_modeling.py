@@ -314,7 +314,8 @@ class UnionForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _run_donors(self, cache: UnionCache, ids: Tensor, mask: Tensor, done: dict[int, Tensor]) -> dict[int, Tensor]:
         """Log-probabilities (B, T, V) of the donors at the new positions; `done`: of the other experts."""
         prior = torch.tensor(self.config.prior, dtype=torch.float64)
-        shares = torch.log_softmax(prior[list(done)].log(), -1)
+        # Even where all of them have a prior of zero.
+        shares = torch.log_softmax(prior[list(done)].clamp(min=1e-300).log(), -1)
         parts = [scores.detach().cpu().double() + share for scores, share in zip(done.values(), shares, strict=True)]
         anchor = functools.reduce(torch.logaddexp, parts)
         real, tokens, out = mask[:, -ids.shape[1] :].bool().tolist(), ids.tolist(), {}

@@ -107,7 +107,9 @@ def check(
         require_space(out, cost.disk_bytes)
         require_space(work or Path(tempfile.gettempdir()), cost.work_bytes)
     kinds = {name: _describe(source) for name, source in sources.items()}
-    return Report(tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.stages, kinds)
+    return Report(
+        tuple(findings), cost.parameters, cost.memory_bytes, cost.disk_bytes, cost.stages, kinds, cost.lean_seconds
+    )
 
 
 def check_folders(sources: Mapping[str, Source], out: Path | None) -> None:

@@ -33,7 +33,7 @@ from polymerge.methods.fold import GRIDS, Settings
 from polymerge.model.source import Source
 from polymerge.plan import Plan
 from polymerge.plan import parameters as count
-from polymerge.recipe import Recipe
+from polymerge.recipe import LEAN, Recipe
 
 BATCH = 32
 LIBRARIES = 700_000_000
@@ -50,6 +50,7 @@ class Cost:
     """parameters: of the result, at most; bytes; stages: seconds of each, named as a merge's record names them.
 
     `work_bytes`: of the fold in float32 and of healing's state, which lie on disk until the merge is done.
+    `lean_seconds`: with `fold: lean`; None where nothing is folded.
     """
 
     parameters: int
@@ -57,6 +58,7 @@ class Cost:
     disk_bytes: int
     work_bytes: int
     stages: dict[str, float]
+    lean_seconds: float | None = None
 
 
 def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, rows: Mapping[str, int]) -> Cost:
@@ -91,10 +93,16 @@ def estimate(recipe: Recipe, sources: Mapping[str, Source], plan: Plan | None, r
         recipe.heal.batch_rows * recipe.heal.length * vocab if recipe.heal else 0
     )
     memory = LIBRARIES + max(folding, scoring, healing if recipe.heal else 0)
-    spent = _work(recipe, sources, plan, size, read) | {"evaluate": 2.0 * measured * (experts + 2 * size)}
+    scored = 2.0 * measured * (experts + 2 * size)
+    spent = _work(recipe, sources, plan, size, read) | {"evaluate": scored}
+    lean = None
+    if recipe.method == "fold":
+        less = min(rows["calibration"], len(specs) * LEAN["tokens"] // length) + rows["validation"]
+        spare = recipe.model_copy(update={"fold": recipe.fold.model_copy(update=LEAN)})
+        lean = (sum(_work(spare, sources, plan, size, less * length).values()) + scored) / rate
     stages = {stage: operations / rate for stage, operations in spent.items() if operations}
     work = (4 + 16 * (recipe.heal is not None)) * size
-    return Cost(size, memory, size * each + beside, work, stages)
+    return Cost(size, memory, size * each + beside, work, stages, lean)
 
 
 def _work(recipe: Recipe, sources: Mapping[str, Source], plan: Plan, size: int, tokens: int) -> dict[str, float]:

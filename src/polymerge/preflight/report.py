@@ -14,6 +14,8 @@ LEVELS: tuple[tuple[Level, str], ...] = (
 )
 SHOWN = 0.01
 """Share of the time from which on a stage is named."""
+HOUR = 3600.0
+"""A merge that takes longer is told with what a lean fold would take, where that is less than half of it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Report:
     """All findings, and estimates of what the merge needs (formulas: `cost.py`).
 
     parameters: of the result at most; None where it is not known. memory_bytes: peak. disk_bytes: of the
-    output folder. stages: seconds of each stage on this machine; the only numbers that differ from run to run.
-    sources: what each expert is, in a line.
+    output folder. stages: seconds of each stage on this machine; these and `lean_seconds` differ from run to run.
+    sources: what each expert is, in a line. lean_seconds: with `fold: lean`, where that is another thing.
     """
 
     findings: tuple[Finding, ...]
@@ -40,6 +42,7 @@ class Report:
     disk_bytes: int
     stages: dict[str, float]
     sources: dict[str, str] = field(default_factory=dict)
+    lean_seconds: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -72,12 +75,16 @@ def needs(found: Mapping[str, Any]) -> dict[str, str]:
     parameters, stages, seconds = found["parameters"], found["stages"], found["seconds"]
     some = {stage: taken for stage, taken in stages.items() if taken > SHOWN * seconds}
     parts = ", ".join(f"{stage} {duration(taken)}" for stage, taken in some.items())
-    return {
+    told = {
         "result": "size not known" if parameters is None else f"at most {parameters:,} parameters",
         "disk": size(found["disk_bytes"]),
         "memory": f"about {size(found['memory_bytes'])}",
         "time": f"about {duration(seconds)} on this machine" + (f": {parts}" if len(some) > 1 else ""),
     }
+    lean = found.get("lean_seconds")
+    if lean is not None and seconds > HOUR and lean < seconds / 2:
+        told["or"] = f"about {duration(lean)} with `fold: lean`, which loses more unless long healing follows"
+    return told
 
 
 def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
