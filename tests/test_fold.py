@@ -320,6 +320,15 @@ def test_every_expert_has_its_share_of_the_steps(save_model, tmp_path, monkeypat
     assert sorted(set(taken)) == [10, 20, 3 * 10, 3 * 20]
 
 
+def test_refinement_draws_the_rows_of_every_expert_about_as_often():
+    owner, rows = torch.tensor([1, 0, 1, 1, 1, 3, 0, 1]), torch.tensor([0, 1, 2, 3, 5, 6, 7])
+    drawn = _refine._alike(owner, rows)
+    assert torch.bincount(owner[drawn]).tolist() == [4, 4, 0, 4]
+    assert drawn.unique().tolist() == rows.tolist()
+    even = torch.tensor([0, 1, 0, 1])
+    assert _refine._alike(even, torch.arange(4)).tolist() == [0, 1, 2, 3]
+
+
 def test_refinement_at_a_ruinous_rate_leaves_an_exact_fold_as_it_is(save_model, tmp_path):
     one = expert(save_model, tmp_path / "a")
     family, (target,) = shape([one])

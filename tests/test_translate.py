@@ -10,11 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import polymerge
+from polymerge import preflight
 from polymerge.align.token_bytes import byte_view
 from polymerge.align.translate import FLOOR, Translator
+from polymerge.calibrate import speech
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
+from polymerge.calibrate.texts import read_skill
 from polymerge.errors import CheckpointError, PreflightError
 from polymerge.model.source import Source
+from polymerge.readers import calibrate, readers_of
 from polymerge.recipe import parse
 from polymerge.teachers import across
 
@@ -163,6 +167,29 @@ def test_a_merge_speaks_the_anchors_tokenizer(folder, anchor):
         0 < row[column] < 20 for row in result.skills.values() for column in ("owner", "union", "fold", "healed")
     )
     assert result.shape["vocab"] == len(mine)
+
+
+@pytest.mark.parametrize(("anchor", "other", "times"), [("prose", "code", 1.1), ("code", "prose", 1.0)])
+def test_an_expert_with_longer_tokens_is_given_more_rows(folder, anchor, other, times):
+    """So that it has as many positions to be fitted at; preflight counts the rows that are read."""
+    length, most = 16, 40
+    recipe = parse({
+        "method": "fold", "anchor": anchor, "fold": {"length": length, "tokens": most * length},
+        "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in (anchor, other)},
+    })  # fmt: skip
+    names = list(recipe.experts)
+    sources = {k: Source(folder / k) for k in names}
+    tokenizers = {k: AutoTokenizer.from_pretrained(folder / k) for k in names}
+    skills = {k: read_skill(k, recipe.experts[k].text) for k in names}
+    spoken = speech.resolve(recipe, tokenizers, {k: s.spec for k, s in sources.items()})
+    readers = readers_of(recipe, sources, tokenizers, skills, spoken, [other])
+    texts = calibrate(recipe, readers, skills, spoken.tokenizer, judge=False)[0]
+    assert len(texts.of(0)) == most
+    mine = (texts.owner == 1) & texts.fit
+    assert int(mine.sum()) >= times * most
+    assert texts.reading(1)[0].exact[mine].sum() == pytest.approx(most * length, rel=0.05)
+    finer = preflight.finer(spoken, tokenizers[other], other, skills[other])
+    assert int(mine.sum()) == pytest.approx(finer * most, rel=0.05)
 
 
 def test_a_translated_teacher_and_a_foreign_expert_agree(folder):

@@ -19,6 +19,8 @@ from polymerge.recipe import Recipe
 
 HELD_OUT_ROWS, VALIDATION_ROWS, TEST_ROWS = 32, 64, 512
 """Rows a skill, at most: held out of a fold, to heal by, to test on."""
+SOME, FINER = 32, 4.0
+"""Rows that tell how much finer the result's tokens are than an expert's, and how many times the rows it is worth."""
 
 
 def readers_of(
@@ -57,8 +59,7 @@ def calibrate(
     `judge`: a skill goes to the expert that predicts it best; else to its own.
     """
     fold, names, experts = recipe.fold, list(sources), list(sources.values())
-    rows = max(1, fold.tokens // fold.length)
-    fitted = list(rows_of(skills, "calibration", tokenizer, fold.length, rows).values())
+    fitted = list(_fitted(recipe, sources, skills, tokenizer).values())
     held_out = list(rows_of(skills, "validation", tokenizer, fold.length, HELD_OUT_ROWS).values())
     judged = (
         held_out if any(skill.written for skill in skills.values()) else fitted
@@ -73,6 +74,24 @@ def calibrate(
         gate=fold.ownership == "gate",
     )
     return texts, {skill: names[k] for skill, k in zip(names, best, strict=True)}
+
+
+def _fitted(
+    recipe: Recipe, experts: Mapping[str, Source | Foreign], skills: Mapping[str, Skill], tokenizer: Any
+) -> dict[str, Rows]:
+    """Calibration rows of every skill, by which its expert has `fold.tokens` positions to be fitted at.
+
+    One with another tokenizer has none inside its own tokens, so where these are longer it needs more text.
+    """
+    length = recipe.fold.length
+    most = max(1, recipe.fold.tokens // length)
+    found = rows_of(skills, "calibration", tokenizer, length, most)
+    for name, expert in experts.items():
+        if isinstance(expert, Foreign):
+            share = float(expert.read(found[name].tokens[:SOME]).exact.float().mean())
+            limit = math.ceil(most / max(share, 1 / FINER))
+            found |= rows_of({name: skills[name]}, "calibration", tokenizer, length, limit)
+    return found
 
 
 def rows_of(

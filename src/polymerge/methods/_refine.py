@@ -136,11 +136,18 @@ def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int
     return start
 
 
+def _alike(owner: Tensor, rows: Tensor) -> Tensor:
+    """The rows, those of experts that have fewer of them several times: each is drawn about as often as the others."""
+    counts = torch.bincount(owner[rows])
+    times = (counts.max() / counts.clamp_min(1)).round().long()
+    return rows.repeat_interleave(times[owner[rows]])
+
+
 def _descend(
     fold: "LayerFold", params: Iterable[Tensor], loss: Callable[[Tensor], Tensor], steps: int, peak: float
 ) -> None:
     """Adam over random rows of the fitted texts: linear warm-up over a tenth, linear decay to zero."""
-    fitted = torch.nonzero(fold.texts.fit).flatten()
+    fitted = _alike(fold.texts.owner, torch.nonzero(fold.texts.fit).flatten())
     optimiser = torch.optim.Adam(params, lr=peak, betas=(0.9, 0.99))
     for step in range(steps):
         rows = fitted[torch.randperm(len(fitted), generator=fold.generator)[: fold.refine.rows]]

@@ -5,6 +5,7 @@ files, contexts too short, tokenizers, parts without a counterpart, too little t
 finite, disk space. Cheap checks come first; the weights are read (once, a tensor at a time) last.
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.asked import alike, beyond, check_method, check_places, few_rows, unbounded, without_effect
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
-from polymerge.preflight.translation import translation_findings
+from polymerge.preflight.translation import finer, translation_findings
 from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
 from polymerge.readers import HELD_OUT_ROWS, TEST_ROWS
 from polymerge.recipe import Recipe
@@ -37,6 +38,7 @@ __all__ = [
     "check",
     "check_folders",
     "check_places",
+    "finer",
     "foreign_experts",
     "translation_findings",
 ]
@@ -102,7 +104,8 @@ def check(
     findings += _licences(sources, recipe.anchor)
     for source in sources.values():
         source.checkpoint.check_finite()
-    cost = estimate(recipe, sources, plan, _rows(recipe, speech.tokenizer, texts))
+    more = {name: finer(speech, tokenizers[name], name, texts[name]) for name in foreign}
+    cost = estimate(recipe, sources, plan, _rows(recipe, speech.tokenizer, texts, more))
     if out is not None:
         require_space(out, cost.disk_bytes)
         require_space(work or Path(tempfile.gettempdir()), cost.work_bytes)
@@ -217,13 +220,17 @@ def _check_texts(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], *, 
             yield Finding("warning", f"{one}: text", text)
 
 
-def _rows(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill]) -> dict[str, int]:
-    """Rows of each part that the merge will read, all skills together; what experts have yet to write among them."""
+def _rows(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Skill], more: Mapping[str, float]) -> dict[str, int]:
+    """Rows of each part that the merge will read, all skills together; what experts have yet to write among them.
+
+    more: by what the calibration rows of some are multiplied.
+    """
     length, bos = recipe.fold.length, adds_bos(tokenizer)
     most = {"calibration": max(1, recipe.fold.tokens // length), "validation": HELD_OUT_ROWS, "test": TEST_ROWS}
     rows = dict.fromkeys(most, 0)
     for name, skill in texts.items():
-        for part, limit in most.items():
+        for part, usual in most.items():
+            limit = math.ceil(usual * more.get(name, 1)) if part == "calibration" else usual
             writes = part == "calibration" and recipe.experts[name].write is None
             documents = getattr(skill, part)
             rows[part] += limit if writes else len(pack(tokenizer, documents, length, limit=limit, bos=bos).tokens)

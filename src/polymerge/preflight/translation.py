@@ -15,6 +15,7 @@ from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill
 from polymerge.preflight.report import Finding
+from polymerge.readers import FINER
 
 SAMPLES, LETTERS = 4, 2000
 SHORTER = 0.95
@@ -56,6 +57,12 @@ def translation_findings(
             )
             out.append(Finding("warning", "tokenizer: length", text))
     return out
+
+
+def finer(speech: Speech, tokenizer: Any, name: str, skill: Skill) -> float:
+    """How many of the result's tokens one of an expert's own is on its text; from 1 to `readers.FINER`."""
+    times = _bytes_per_token(tokenizer, {name: skill}) / _bytes_per_token(speech.tokenizer, {name: skill})
+    return min(FINER, max(1.0, times))
 
 
 def _expected(cost: float) -> str:
