@@ -325,6 +325,8 @@ def test_refinement_draws_the_rows_of_every_expert_about_as_often():
     drawn = _refine._alike(owner, rows)
     assert torch.bincount(owner[drawn]).tolist() == [4, 4, 0, 4]
     assert drawn.unique().tolist() == rows.tolist()
+    few = torch.tensor([0, *[1] * 20])
+    assert torch.bincount(few[_refine._alike(few, torch.arange(21))]).tolist() == [4, 20]
     even = torch.tensor([0, 1, 0, 1])
     assert _refine._alike(even, torch.arange(4)).tolist() == [0, 1, 2, 3]
 

@@ -28,6 +28,8 @@ BACK_OFF, TRIES = 5.0, 3
 LAST = 3
 """The last layer gets so many times the steps of the others: its loss is the very one that counts."""
 TILT = 10.0
+REPEATED = 4
+"""Times that the rows of an expert with fewer of them come at most: few texts are soon known by heart."""
 
 Loss = Callable[..., Tensor]
 """(tensors by role, indices of rows, *, fitted=True) -> a scalar; `fitted`: rows held out do not count."""
@@ -137,9 +139,9 @@ def _refined(fold: "LayerFold", start: dict[str, Tensor], loss: Loss, steps: int
 
 
 def _alike(owner: Tensor, rows: Tensor) -> Tensor:
-    """The rows, those of experts that have fewer of them several times: each is drawn about as often as the others."""
+    """The rows, those of experts that have fewer of them several times: each expert is drawn about as often."""
     counts = torch.bincount(owner[rows])
-    times = (counts.max() / counts.clamp_min(1)).round().long()
+    times = (counts.max() / counts.clamp_min(1)).round().long().clamp_max(REPEATED)
     return rows.repeat_interleave(times[owner[rows]])
 
 

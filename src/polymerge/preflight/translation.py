@@ -61,8 +61,8 @@ def translation_findings(
 
 def finer(speech: Speech, tokenizer: Any, name: str, skill: Skill) -> float:
     """How many of the result's tokens one of an expert's own is on its text; from 1 to `readers.FINER`."""
-    times = _bytes_per_token(tokenizer, {name: skill}) / _bytes_per_token(speech.tokenizer, {name: skill})
-    return min(FINER, max(1.0, times))
+    own, mine = (_bytes_per_token(t, {name: skill}) for t in (tokenizer, speech.tokenizer))
+    return min(FINER, max(1.0, own / mine)) if mine else 1.0
 
 
 def _expected(cost: float) -> str:
