@@ -60,6 +60,7 @@ def test_an_axis_is_one_difference():
         "depth": "layers",
         "width": "width heads kv_heads mlp",
         "heads": "heads kv_heads",
+        "tokenizer": "speaks",
     }.items():
         other = PLANS[f"python/{axis}"]
         different = {key for key in vars(base) if getattr(base, key) != getattr(other, key)}
@@ -106,7 +107,7 @@ def test_a_tuned_expert_starts_from_its_base(texts, tmp_path, monkeypatch):
 
 def test_another_text_or_seed_is_another_expert(texts, tmp_path):
     def spoken(seed: int) -> Path:
-        return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer("wiki")
+        return Workshop(texts, seed, training=SHORT, cache=tmp_path / "cache").tokenizer(*PLANS["wiki"].tokenizer)
 
     found = [spoken(0), spoken(1)]
     with (texts / DOMAINS["wiki"].files[0]).open("a") as file:
@@ -288,6 +289,27 @@ def test_what_experts_write_to_little_text_every_method_reads(tmp_path, monkeypa
     assert fold.scores == bed._measured(load_student(folder), bed._target()).scores
     assert fold.flops > 0
     assert set(fold.extra) == {"knobs", "balance", "trials"}
+
+
+def test_an_expert_with_a_tokenizer_of_its_own_is_read_by_every_method(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text_experts.lm, "Training", lambda: replace(SHORT, tokens=16 * SHORT.tokens))
+    monkeypatch.setattr(sys.modules["polymerge.merge"], "TEST_ROWS", 8)
+    few = {"tokens": 2048, "refine": 0, "trials": False}
+    detail = replace(FEW, experts=("shakespeare", "python/tokenizer"), anchor="shakespeare", budget="sum", fold=few)
+    bed = text_bed.TextBed(Case("two/sum", "text", detail), 0, tmp_path, texts=texts)
+    assert bed.foreign == ("python",)
+    own, told = bed.readers["python"].told(bed.test["python"].tokens)
+    assert own < bed.owners["python"] < 1.3 * told  # nearly what its own tokens give, and no garbage
+    with pytest.raises(PreflightError, match="too slow to measure on so much text"):
+        bed.union()
+    fold, spread, padded = bed.fold(), bed.rival(methods.rival("linear")()), bed.anchor_distill()
+    assert 0.9 * sum(bed.expert_parameters.values()) < fold.parameters <= sum(bed.expert_parameters.values())
+    assert fold.size["layers"] == spread.size["layers"] == 4
+    assert "python translated from llama and its own tokens by our fold alone first" in spread.notes
+    assert "translated" not in padded.notes
+    assert bed.placebo().scores["python"] > fold.scores["python"]
+    assert set(bed.ensemble().scores) == set(bed.fuse_distill().scores) == {"shakespeare", "python"}
 
 
 @pytest.mark.slow

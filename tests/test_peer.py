@@ -55,6 +55,13 @@ def test_a_path_with_an_at_sign_is_a_path(pair, tmp_path):
     torch.testing.assert_close(tensors(made), tensors(stopped))
 
 
+def test_where_tokenizers_differ_mergekit_is_told_whose_to_take(tmp_path):
+    experts = [tmp_path / "a", tmp_path / "b"]
+    for name in ("mergekit_linear", "mergekit_slerp"):
+        assert peer.config(name, experts, tokenizer=experts[1])["tokenizer"] == {"source": str(experts[1])}
+        assert "tokenizer" not in peer.config(name, experts)
+
+
 @needs_mergekit
 def test_task_arithmetic_and_slerp_are_what_their_papers_say(pair, save_model, tmp_path):
     base = save_model(tmp_path / "base", seed=3)

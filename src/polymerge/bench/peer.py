@@ -54,9 +54,19 @@ def command() -> str:
 
 
 def config(
-    name: str, experts: Sequence[Path], base: Path | None = None, weights: Sequence[float] = (), scale: float = 1.0
+    name: str,
+    experts: Sequence[Path],
+    base: Path | None = None,
+    weights: Sequence[float] = (),
+    scale: float = 1.0,
+    *,
+    tokenizer: Path | None = None,
 ) -> Any:
-    """What mergekit reads; `scale`: of the merged task vector. Raises PreflightError where experts do not fit."""
+    """What mergekit reads; `scale`: of the merged task vector; `tokenizer`: whose the result takes, if they differ.
+
+    Raises PreflightError where experts do not fit.
+    """
+    spoken = {"tokenizer": {"source": str(tokenizer.absolute())}} if tokenizer else {}
     models: list[dict[str, Any]] = [{"model": str(path.absolute())} for path in experts]
     equal = 1 / len(experts) if name == "mergekit_linear" else 1.0
     shares = list(weights) or [equal] * len(experts)
@@ -64,10 +74,10 @@ def config(
         if len(experts) != 2:  # noqa: PLR2004  a great circle has two ends
             raise PreflightError(f"slerp is between two experts; here are {len(experts)}")
         more = {"merge_method": "slerp", "base_model": models[0]["model"], "parameters": {"t": 0.5}}
-        return {"models": models, "dtype": "float32", **more}
+        return {"models": models, "dtype": "float32", **more, **spoken}
     if name == "mergekit_linear":
         weighted = [m | {"parameters": {"weight": w}} for m, w in zip(models, shares, strict=True)]
-        return {"models": weighted, "dtype": "float32", "merge_method": "linear"}
+        return {"models": weighted, "dtype": "float32", "merge_method": "linear", **spoken}
     if base is None:
         raise PreflightError("it adds differences to a common base model, and these experts have none")
     kept = {} if name == "mergekit_task_arithmetic" else {"density": 0.5}
@@ -75,7 +85,7 @@ def config(
     method = {
         "merge_method": TASK_VECTORS[name], "base_model": str(base.absolute()), "parameters": {"lambda": scale},
     }  # fmt: skip
-    return {"models": weighted, "dtype": "float32", **method}
+    return {"models": weighted, "dtype": "float32", **method, **spoken}
 
 
 def merge(
@@ -87,15 +97,18 @@ def merge(
     weights: Sequence[float] = (),
     scale: float = 1.0,
     seed: int = 0,
+    speaker: int | None = None,
 ) -> Path:
     """Let mergekit merge checkpoint folders into the folder `out`, which is returned.
 
+    `speaker`: the expert whose tokenizer the result takes, where they differ; mergekit then maps the embeddings.
     Raises PreflightError, with mergekit's own last line, where it cannot.
     """
     # By links: mergekit takes what follows an @ in a path for a revision.
     paths = [*experts, base] if base else list(experts)
     links = [out / f"expert-{k}" for k in range(len(paths))]
-    asked = config(name, links[: len(experts)], links[-1] if base else None, weights, scale)
+    spoken = None if speaker is None else links[speaker]
+    asked = config(name, links[: len(experts)], links[-1] if base else None, weights, scale, tokenizer=spoken)
     program = command()
     out.mkdir(parents=True)
     for link, path in zip(links, paths, strict=True):

@@ -20,6 +20,7 @@ import torch
 
 from polymerge.bench import text_experts
 from polymerge.bench.methods import Case, known
+from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.packing import Rows
 from polymerge.demo.corpus import write_heldout
 from polymerge.demo.run import EXPERTS
@@ -165,7 +166,7 @@ def given(
     return found
 
 
-def even_mixture(experts: Iterable[Source], rows: Rows) -> float:
+def even_mixture(experts: Iterable[Source | Foreign], rows: Rows) -> float:
     """Bits per byte of the mean of the experts' probabilities of each token."""
     logs = torch.stack([expert.log_probs(rows.tokens) for expert in experts]).double()
     return float((math.log(len(logs)) - logs.logsumexp(0)).sum()) / (math.log(2) * rows.bytes)

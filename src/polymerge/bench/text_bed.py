@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from polymerge import plan, recipe
+from polymerge import plan, preflight, recipe
 from polymerge.bench import methods as table
 from polymerge.bench import modular, peer, tokens
 from polymerge.bench.answers import Weights
@@ -20,6 +20,8 @@ from polymerge.bench.methods import Case, Outcome, fitting, gathered
 from polymerge.bench.shared import Shared, folded
 from polymerge.bench.text import Detail, even_mixture, given
 from polymerge.bench.text_distil import at_best_rate, operations
+from polymerge.calibrate import speech
+from polymerge.calibrate.foreign import Foreign
 from polymerge.calibrate.texts import HELD_OUT, Skill, first, read_skill
 from polymerge.calibrate.tokenizer import load_tokenizer
 from polymerge.calibrate.written import with_written
@@ -35,7 +37,9 @@ from polymerge.model.source import Source
 from polymerge.model.spec import Spec
 from polymerge.model.target import load_student
 from polymerge.progress import Quiet
-from polymerge.readers import VALIDATION_ROWS, calibrate, load_expert, measure_experts, rows_of
+from polymerge.readers import VALIDATION_ROWS, calibrate, load_expert, measure_experts, readers_of, rows_of
+
+UNMEASURED_UNION = "its model is too slow to measure on so much text, for it finds the result's tokens among those"
 
 
 class TextBed:
@@ -68,11 +72,16 @@ class TextBed:
             "fold": self.detail.fold | ({"tokens": self.limit} if self.limit else {}),
             "dtype": "float32", "seed": seed,
         })  # fmt: skip
-        self.tokenizer = load_tokenizer(self.sources[self.detail.anchor].path)
+        tokenizers = {name: load_tokenizer(source.path) for name, source in self.sources.items()}
+        spoken = speech.resolve(self.recipe, tokenizers, {name: s.spec for name, s in self.sources.items()})
+        self.tokenizer = spoken.tokenizer
         self.texts = {n: self._skill(n, e) for n, e in self.recipe.experts.items()}
+        foreign = preflight.foreign_experts(spoken, tokenizers, self.texts)
+        self.readers = readers_of(self.recipe, self.sources, tokenizers, self.texts, spoken, foreign)
+        self.foreign = tuple(foreign)
         self.test = rows_of(self.texts, "test", self.tokenizer, self.recipe.fold.length, self.detail.test_rows)
         with Products() as products:
-            self.table = measure_experts(self.sources, self.test, self.recipe.union.alpha, Quiet())
+            self.table = measure_experts(self.readers, self.test, self.recipe.union.alpha, Quiet())
         self.measuring = products.flops
         self.owners = {skill: row["owner"] for skill, row in self.table.items()}
         self.anchor_scores = {skill: row["experts"][self.detail.anchor] for skill, row in self.table.items()}
@@ -85,7 +94,12 @@ class TextBed:
         self.family = plan.family_of(self.recipe, {name: s.spec for name, s in self.sources.items()})
 
     def union(self) -> Outcome:
-        """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`)."""
+        """The gate, from the experts' own probabilities (the checkpoint gives the same: `tests/test_union.py`).
+
+        But for experts that read other tokens: it loses more at their boundaries, and is slow.
+        """
+        if self.foreign:
+            raise PreflightError(f"{UNMEASURED_UNION} of {', '.join(self.foreign)}")
         return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
 
     def fold(self) -> Outcome:
@@ -128,7 +142,7 @@ class TextBed:
 
     def ensemble(self) -> Outcome:
         """Equal weights at every token."""
-        scores = {skill: even_mixture(self.sources.values(), rows) for skill, rows in self.test.items()}
+        scores = {skill: even_mixture(self.readers.values(), rows) for skill, rows in self.test.items()}
         return Outcome(scores, sum(self.expert_parameters.values()))
 
     def anchor_distill(self) -> Outcome:
@@ -142,7 +156,7 @@ class TextBed:
 
     def fuse_distill(self) -> Outcome:
         """The same from the experts' fused distributions."""
-        return self._distilled_anchor(FusedTeacher([load_expert(s) for s in self.sources.values()]))
+        return self._distilled_anchor(FusedTeacher([load_expert(reader) for reader in self.readers.values()]))
 
     def scratch_distill(self) -> Outcome:
         """Weights as transformers draws them."""
@@ -178,7 +192,7 @@ class TextBed:
             with Products() as products:
                 target, weights, shape = self._merged_by(method, self.sources)
         except PreflightError:
-            if all(alignable(s.spec, spec) for s in self.sources.values()):
+            if all(self._readable(name, spec) for name in self.sources):
                 raise
             experts, note, translating, reused = self._translated(self.sources)
             with Products() as products:
@@ -196,7 +210,9 @@ class TextBed:
         """The experts as they are."""
         common = Path(self.bases[0]) if len(set(self.bases)) == 1 else None
         paths = [s.path for s in self.sources.values()]
-        folder = peer.merge(name, paths, self._new(name).parent / "out", base=common, scale=scale, seed=self.seed)
+        speaker = list(self.sources).index(self.detail.anchor) if self.foreign else None
+        out = self._new(name).parent / "out"
+        folder = peer.merge(name, paths, out, base=common, scale=scale, seed=self.seed, speaker=speaker)
         made, model = Source(folder), load_student(folder)
         outcome = self._measured(model, made.spec)
         outcome.parameters, outcome.extra["validation"] = made.parameters, self._over(model)
@@ -249,18 +265,29 @@ class TextBed:
         outcome.extra = {"knobs": asdict(choice.knobs), "balance": choice.balance, "trials": choice.trials}
         return outcome
 
+    def _reader(self, name: str, source: Source) -> Source | Foreign:
+        """An expert's weights, or others in their place, as a reader of the result's tokens."""
+        reader = self.readers[name]
+        return Foreign(name, source, reader.translator) if isinstance(reader, Foreign) else source
+
     def _target(self) -> Spec:
         """The shape that the fold chose; the controls are given it for nothing."""
         return Source(self._folded()[0]).spec
 
     def _merged_by(self, method: Any, experts: Mapping[str, Source]) -> tuple[Spec, Weights, str]:
-        """Shape, weights and note of a rival's merge."""
+        """Shape, weights and note of a rival's merge, which reads the result's tokens by every expert."""
+        if unread := [name for name in self.foreign if experts[name] is self.sources[name]]:
+            raise PreflightError(f"reads other tokens: {', '.join(unread)}")
         rows = calibrate(self.recipe, experts, self.texts, self.tokenizer, judge=False)[0]
         make = table.merged_by(method, list(experts.values()), list(experts).index(self.detail.anchor), rows, self.seed)
         return fitting(make, self._target(), [s.spec for s in experts.values()], self.family)
 
+    def _readable(self, name: str, target: Spec) -> bool:
+        """Whether an expert has a counterpart in the result's family, and its tokens."""
+        return name not in self.foreign and alignable(self.sources[name].spec, target)
+
     def _translated(self, names: Iterable[str]) -> tuple[dict[str, Source], str, int, tuple[float, float]]:
-        """The experts; of those named, each without a counterpart in the result's family folded alone into it.
+        """The experts; of those named, each that is not readable folded alone into the result's family and tokens.
 
         At its own size, in favour of rivals and controls: none of them could take it as it is. Also what to say of it,
         its operations and seconds.
@@ -268,13 +295,15 @@ class TextBed:
         experts, said, spent, wall, cpu = dict(self.sources), [], 0, 0.0, 0.0
         target = self._target()
         for name in names:
-            source = self.sources[name]
-            if alignable(source.spec, target):
+            if self._readable(name, target):
                 continue
+            source = self.sources[name]
             folder, outcome = self.shared.model(f"translated-{name}", partial(self._translate, name, target))
             experts[name] = Source(folder, device=self.device)
+            tokens = " and its own tokens" * (name in self.foreign)
             said.append(
-                f"{name} translated from {source.spec.family} by our fold alone first ({outcome.scores[name]:.4f})"
+                f"{name} translated from {source.spec.family}{tokens} by our fold alone first"
+                f" ({outcome.scores[name]:.4f})"
             )
             spent, wall, cpu = spent + (outcome.flops or 0), wall + outcome.reused[0], cpu + outcome.reused[1]
         return experts, ", ".join(said), spent, (wall, cpu)
@@ -308,7 +337,8 @@ class TextBed:
     ) -> tuple[folding.Choice, int]:
         """A fold of these experts into one of the shapes, by `asked` (None: the case's): its choice and operations."""
         asked = asked or self.recipe
-        texts = calibrate(asked, experts, skills, self.tokenizer, judge=False)[0]
+        readers = {name: self._reader(name, source) for name, source in experts.items()}
+        texts = calibrate(asked, readers, skills, self.tokenizer, judge=False)[0]
         settings = folding.Settings.of(asked.fold)
         done, weights, flops = folded(list(experts.values()), self.family, shapes, texts, settings, self.seed)
         self._save(folder, done.choice.target, weights)
@@ -347,7 +377,7 @@ class TextBed:
         limit = self.limit and self.limit // settings.length
         rows = rows_of(self.texts, "calibration", self.tokenizer, settings.length, limit)
         held = rows_of(self.texts, "validation", self.tokenizer, settings.length, VALIDATION_ROWS)
-        teachers = {name: load_expert(s) for name, s in self.sources.items()}
+        teachers = {name: load_expert(reader) for name, reader in self.readers.items()}
         best = at_best_rate(
             student, teachers, rows, held, settings, rates,
             guide=guide, features=features, seed=self.seed, device=self.device, progress=self.progress,
@@ -393,7 +423,7 @@ class TextBed:
     def _over(self, model: Any) -> dict[str, float]:
         """Bits per byte over the owner's on validation text, by which a rival's settings are chosen."""
         rows = rows_of(self.texts, "validation", self.tokenizer, self.recipe.fold.length, VALIDATION_ROWS)
-        own = measure_experts(self.sources, rows, self.recipe.union.alpha, Quiet())
+        own = measure_experts(self.readers, rows, self.recipe.union.alpha, Quiet())
         return {s: bits_per_byte(model, part, device=self.device) - own[s]["owner"] for s, part in rows.items()}
 
     def _measured(self, model: Any, target: Spec) -> Outcome:

@@ -5,7 +5,8 @@ and training. A byte-level BPE is trained on about as much of each domain and sh
 the six small domains, as many for three that no default was chosen by, 8,192 for the two large ones, whose experts have
 up to 100 million parameters. An expert and the
 tokenizer read the calibration part of the split alone (`calibrate.texts.read_skill` with the case's seed), the very
-split of the merge: nobody has read the validation and test parts.
+split of the merge: nobody has read the validation and test parts. One expert has a tokenizer of its own, of its own
+domain alone.
 """
 
 import hashlib
@@ -78,7 +79,9 @@ TOKENIZERS = {
     "text-tokenizer": SharedTokenizer(("shakespeare", "python", "gsm8k", "stories", "rust", "wiki"), lm.VOCABULARY),
     "large-text-tokenizer": SharedTokenizer(("books", "programs"), 8 * lm.VOCABULARY),
     "unseen-text-tokenizer": SharedTokenizer(("sherlock", "java", "scan"), lm.VOCABULARY),
+    "python-tokenizer": SharedTokenizer(("python",), 2 * lm.VOCABULARY),
 }
+"""A domain's experts speak the first that has it, but for plans that name another."""
 
 
 def tokenizer_of(domain: str) -> tuple[str, SharedTokenizer]:
@@ -91,7 +94,7 @@ class ExpertPlan:
     """An expert to train: its domain and its architecture. Head sizes are kept to 12, 24 and 24's multiples, or to 64.
 
     `base`: the plan, in `PLANS`, of the model that it is tuned from; none: random weights. `size`: its training, in
-    `TRAININGS`; none: the usual one.
+    `TRAININGS`; none: the usual one. `speaks`: its tokenizer, in `TOKENIZERS`; none: its domain's.
     """
 
     domain: str
@@ -103,12 +106,18 @@ class ExpertPlan:
     mlp: int
     base: str = ""
     size: str = ""
+    speaks: str = ""
 
     @property
     def name(self) -> str:
         """Such as python-llama-4x96x4."""
-        tuned = "-tuned" if self.base else ""
-        return f"{self.domain}-{self.family}-{self.layers}x{self.width}x{self.heads}{tuned}"
+        more = "-tuned" * bool(self.base) + f"-{self.speaks}" * bool(self.speaks)
+        return f"{self.domain}-{self.family}-{self.layers}x{self.width}x{self.heads}{more}"
+
+    @property
+    def tokenizer(self) -> tuple[str, SharedTokenizer]:
+        """Its tokenizer, and that one's name."""
+        return (self.speaks, TOKENIZERS[self.speaks]) if self.speaks else tokenizer_of(self.domain)
 
 
 PLANS = {
@@ -119,6 +128,7 @@ PLANS = {
     "python/width": ExpertPlan("python", "llama", 4, 144, 6, 6, 384),
     "python/heads": ExpertPlan("python", "llama", 4, 96, 8, 2, 256),
     "python/family": ExpertPlan("python", "gpt2", 4, 96, 4, 4, 384),
+    "python/tokenizer": ExpertPlan("python", "llama", 4, 96, 4, 4, 256, speaks="python-tokenizer"),
     "python/all": ExpertPlan("python", "gpt_neox", 6, 120, 10, 10, 480),
     "gsm8k": ExpertPlan("gsm8k", "qwen2", 3, 144, 6, 2, 384),
     "stories": ExpertPlan("stories", "qwen3", 6, 72, 6, 3, 216),
@@ -143,8 +153,9 @@ PLANS = {
     "programs/100m": ExpertPlan("programs", "qwen3", 16, 640, 10, 5, 1920, size="100m"),
 }
 """Every expert that a case can name. Width grows by heads of one size, as it does in families of models."""
-AXES = ("seed", "depth", "width", "heads", "family", "all")
-"""What python's expert differs in from shakespeare's; seed: in nothing but its initialisation and its texts."""
+AXES = ("seed", "depth", "width", "heads", "family", "tokenizer", "all")
+"""What python's expert differs in from shakespeare's; seed: in nothing but its initialisation and its texts; all: in
+everything but its tokenizer."""
 
 
 def texts_folder(asked: Path | None = None) -> Path | None:
@@ -197,9 +208,8 @@ class Workshop:
             self.skills[domain] = read_skill(domain, self._files(domain), field=DOMAINS[domain].field, seed=self.seed)
         return self.skills[domain]
 
-    def tokenizer(self, domain: str) -> Path:
-        """The folder of the tokenizer that a domain's experts share with others."""
-        name, shared = tokenizer_of(domain)
+    def tokenizer(self, name: str, shared: SharedTokenizer) -> Path:
+        """The folder of a tokenizer."""
         digests = {each: self.skill(each).digest() for each in shared.domains}
         depends = {"version": RECIPE_VERSION, "vocabulary": shared.vocabulary, "skills": digests}
 
@@ -218,7 +228,7 @@ class Workshop:
 
     def expert(self, plan: ExpertPlan) -> Expert:
         """An expert; trained now unless the cache has it."""
-        spoken = self.tokenizer(plan.domain)
+        spoken = self.tokenizer(*plan.tokenizer)
         base = self.expert(PLANS[plan.base]).folder if plan.base else None
         described = asdict(plan) | ({"base": base.name} if base else {})
         depends = {
@@ -282,7 +292,7 @@ def model_of(plan: ExpertPlan, seed: int) -> Any:
         # The embedding of a padding token stays zero, so where it begins a row the stream does, and every RMSNorm makes
         # its gradient 1/√ε as large: more than float32 holds in 16 layers. Small experts were trained so.
         special["pad_token_id"] = 0
-    config = CONFIG_MAPPING[plan.family](vocab_size=tokenizer_of(plan.domain)[1].vocabulary, **special, **shape(plan))
+    config = CONFIG_MAPPING[plan.family](vocab_size=plan.tokenizer[1].vocabulary, **special, **shape(plan))
     # Experts of one architecture must not share their initialisation.
     own = int(hashlib.sha256(f"{plan.name} {seed}".encode()).hexdigest()[:8], 16)
     with torch.random.fork_rng():
