@@ -330,7 +330,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     class Bed:
         def __init__(self, metric):
             self.metric, self.budget, self.bases = metric, "sum", ()
-            self.owners = self.anchor_scores = self.expert_parameters = self.setting = self.shared = {}
+            self.owners = self.anchor_scores = self.expert_parameters = self.setting = self.shared = self.tries = {}
 
         def rival(self, method):
             held = {"a": 1.0, "b": method.knob}
@@ -352,6 +352,7 @@ def test_a_rivals_settings_are_chosen_by_the_worst_skill_on_validation():
     assert (found.flops, found.reused_flops, found.reused) == (3 * 7, 50, (2.0, 3.0))  # what is shared is taken once
     Method.GRID = ({"knob": 2.0}, {"knob": 1.5}, {"knob": 3.0})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 1.5}
+    assert "best of 2 by validation" in methods.tuned(Bed("bits per byte"), Method, 2).notes
     Method.GRID = ({"knob": math.nan}, {"knob": 2.0}, {"knob": math.nan})
     assert methods.tuned(Bed("bits per byte"), Method).scores == {"a": 2.0}
     Method.grid = staticmethod(lambda experts: ({"knob": 0.1 + experts},))

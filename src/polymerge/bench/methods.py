@@ -94,6 +94,8 @@ class Bed(Protocol):
     setting: dict[str, Any]
     shared: Any
     """`shared.Shared`: models that several methods use."""
+    tries: Mapping[str, int]
+    """How many of a rival's settings are tried, by its name; of others all."""
     bases: tuple[str, ...]
     """The model that each expert was tuned from; empty where they were trained from scratch."""
 
@@ -154,19 +156,22 @@ def run(bed: Bed, name: str) -> Outcome:
     elif name in peer.METHODS:
         outcome = best_of(bed, {words: partial(bed.peer, name, scale) for words, scale in peer.tries(name).items()})
     else:
-        outcome = tuned(bed, rivals()[name])
+        outcome = tuned(bed, rivals()[name], bed.tries.get(name))
     if name in PUBLIC:
         outcome.notes = "; ".join(filter(None, (outcome.notes, "checked beside {}: {}".format(*PUBLIC[name]))))
     return outcome
 
 
-def tuned(bed: Bed, method: Any) -> Outcome:
-    """A rival at the best of its settings: options that differ from the defaults, its `GRID` or `grid(experts)`."""
+def tuned(bed: Bed, method: Any, most: int | None = None) -> Outcome:
+    """A rival at the best of its settings: options that differ from the defaults, its `GRID` or `grid(experts)`.
+
+    `most`: how many of them are tried; None: all.
+    """
     given = {"bases": bed.bases} if hasattr(method, "bases") else {}
     grid: Sequence[dict[str, Any]] = getattr(method, "GRID", ({},))
     if hasattr(method, "grid"):
         grid = method.grid(len(bed.expert_parameters))
-    made = [method(**given, **options) for options in grid]
+    made = [method(**given, **options) for options in grid[:most]]
     return best_of(bed, {_settings(one): partial(_rival, bed, one) for one in made})
 
 

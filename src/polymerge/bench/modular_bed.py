@@ -54,6 +54,7 @@ class ModularBed:
     ) -> None:
         self.detail: modular.Detail = case.detail
         self.seed, self.settings, self.device, self.progress = seed, settings, device, progress
+        self.tries = settings.tries
         plans, cache = self.detail.experts, cache or modular.cache_folder()
         made = [modular.trained(p, settings, seed, cache=cache, device=device, progress=progress) for p in plans]
         self.records = [record for _, record in made]

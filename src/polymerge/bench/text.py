@@ -43,6 +43,7 @@ class Detail:
             validation text stays chosen on all of it, by every method alike.
         written: each expert goes on to write as much as a recipe's `write` adds by default, for every method alike;
             with no text (0) that is all there is, to choose by as well.
+        tries: how many of a rival's settings are tried, by its name; of others all.
         test_rows: most rows a skill is tested on.
     """
 
@@ -55,6 +56,7 @@ class Detail:
     fold: dict[str, Any] = field(default_factory=dict)
     text: int | None = None
     written: bool = False
+    tries: Mapping[str, int] = field(default_factory=dict)
     test_rows: int = TEST_ROWS
 
     def size(self, parameters: int) -> Any:
@@ -67,7 +69,9 @@ class Detail:
 MEDIUM: dict[str, Any] = {"heal_tokens": 100_000, "lrs": (2.5e-4, 1e-3, 4e-3)}
 QUICK: dict[str, Any] = {
     "heal_tokens": 50_000, "lrs": (1e-3, 4e-3), "fold": {"tokens": 32_000, "refine": 60, "refine_lr": 2e-3},
+    "tries": {"fs_merge": 2},
 }  # fmt: skip
+"""FS-Merge's third setting, four times its steps, takes as long as everything else together."""
 FULL: dict[str, Any] = {"heal_tokens": 400_000, "lrs": (1e-3, 2e-3, 4e-3), "fold": {"refine": 240}}
 """Half of the default's steps: what the rows there are were made by."""
 PAIRS = (("gsm8k", "stories"), ("rust", "wiki"))

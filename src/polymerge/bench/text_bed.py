@@ -60,6 +60,7 @@ class TextBed:
     ) -> None:
         self.detail: Detail = case.detail
         self.seed, self.device, self.progress, self.budget = seed, device, progress, self.detail.budget
+        self.tries = self.detail.tries
         self.limit = None if self.detail.written else self.detail.text  # what is written is read as well
         self.place = scratch
         found = given(self.detail, scratch, texts, seed, device, progress)
