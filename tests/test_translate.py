@@ -224,6 +224,17 @@ def test_rows_longer_than_the_experts_positions_are_refused(folder):
         foreign.read(rows.flatten()[:100].repeat(40, 1))
 
 
+def test_a_dry_run_refuses_rows_longer_than_the_experts_positions(folder, tmp_path):
+    save_tiny_model(tmp_path / "prose", hidden_size=32, num_hidden_layers=1, max_position_embeddings=40)
+    models = {"prose": tmp_path / "prose", "code": folder / "code"}
+    recipe = {
+        "method": "fold", "anchor": "code", "size": {"params": "1.5x"}, "fold": {"length": 32, "tokens": 640},
+        "experts": {k: {"model": str(m), "text": str(folder / f"{k}.txt")} for k, m in models.items()},
+    }  # fmt: skip
+    with pytest.raises(PreflightError, match=r"prose: \d+% of the rows of 32 tokens are more than its 40 positions"):
+        polymerge.merge(parse(recipe), tmp_path / "out", dry_run=True)
+
+
 def test_a_union_of_two_tokenizers_is_merged_and_loads(folder):
     recipe = {
         "method": "union", "anchor": "prose", "dtype": "float32", "fold": {"length": 16, "tokens": 640},

@@ -38,6 +38,7 @@ from polymerge.model.spec import Spec
 from polymerge.model.target import hf_config, load_student, sink, write_config
 from polymerge.progress import Progress, Quiet
 from polymerge.readers import (
+    SOME,
     TEST_ROWS,
     VALIDATION_ROWS,
     calibrate,
@@ -137,6 +138,8 @@ def prepare(
     test = rows_of(skills, "test", spoken.tokenizer, recipe.fold.length, TEST_ROWS)
     readers = readers_of(recipe, sources, tokenizers, skills, spoken, foreign)
     if foreign:
+        fitted = rows_of(skills, "calibration", spoken.tokenizer, recipe.fold.length, SOME)
+        preflight.check_positions(readers, fitted, test)
         some = rows_of(skills, "validation", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
         told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
         if recipe.method == "union":

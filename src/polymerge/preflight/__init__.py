@@ -26,7 +26,7 @@ from polymerge.preflight.architecture import fold_findings
 from polymerge.preflight.asked import alike, beyond, check_method, check_places, few_rows, unbounded, without_effect
 from polymerge.preflight.cost import estimate
 from polymerge.preflight.report import Finding, Level, Report
-from polymerge.preflight.translation import finer, translation_findings
+from polymerge.preflight.translation import check_positions, finer, translation_findings
 from polymerge.preflight.vocabulary import foreign_experts, loading_findings, vocabulary_findings
 from polymerge.readers import HELD_OUT_ROWS, TEST_ROWS
 from polymerge.recipe import Recipe
@@ -38,6 +38,7 @@ __all__ = [
     "check",
     "check_folders",
     "check_places",
+    "check_positions",
     "finer",
     "foreign_experts",
     "translation_findings",

@@ -7,11 +7,12 @@ is: a prediction inside a token knows that the token goes on, and can even come 
 """
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from polymerge.align.spans import spans
 from polymerge.align.token_bytes import byte_view
-from polymerge.calibrate.foreign import Foreign
+from polymerge.calibrate.foreign import BATCH, Foreign
 from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import Rows, Skill
 from polymerge.preflight.report import Finding
@@ -22,6 +23,13 @@ SHORTER = 0.95
 """Tokens of this share of the result's mean length or less are shorter."""
 LITTLE = 0.05
 """Bits per byte that healing makes up for."""
+
+
+def check_positions(readers: Mapping[str, Any], *texts: Mapping[str, Rows]) -> None:
+    """Raises PreflightError where many rows, of any skill, are longer than an expert's positions in its own tokens."""
+    foreign = [reader for reader in readers.values() if isinstance(reader, Foreign)]
+    for reader, rows in product(foreign, (rows for text in texts for rows in text.values())):
+        reader.read(rows.tokens[:BATCH])
 
 
 def translation_findings(
