@@ -339,16 +339,23 @@ def test_what_is_told_of_the_same_tokens_costs_nothing(folder):
             assert own == pytest.approx(-float(steps) / math.log(2) / size, rel=1e-4)
 
 
-def test_preflight_measures_what_telling_costs(folder, tmp_path):
-    for anchor, needle in (("code", "'prose' has the shortest tokens"), ("prose", None)):
-        recipe = {
-            "method": "fold", "anchor": anchor, "size": {"params": "1.5x"}, "fold": {"length": 16, "tokens": 640},
-            "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
-        }  # fmt: skip
-        findings = polymerge.merge(parse(recipe), tmp_path / "out", dry_run=True).report.findings
-        told = {f.subject: f.text for f in findings}
-        other = "prose" if anchor == "code" else "code"
-        assert "bits per byte on validation text" in told[f"{other}: translation"]
-        assert f"{anchor}: translation" not in told
-        assert (needle or "") in told.get("tokenizer: length", "")
-        assert ("tokenizer: length" in told) == (needle is not None)
+@pytest.mark.parametrize(
+    ("method", "anchor", "needle"),
+    [
+        ("fold", "prose", "'code' has the longest tokens"), ("fold", "code", None),
+        ("union", "code", "'prose' has the shortest tokens"), ("union", "prose", None),
+    ],
+)  # fmt: skip
+def test_preflight_measures_what_telling_costs_and_advises_a_tokenizer(folder, tmp_path, method, anchor, needle):
+    recipe = {
+        "method": method, "anchor": anchor, "fold": {"length": 16, "tokens": 640},
+        "experts": {k: {"model": str(folder / k), "text": str(folder / f"{k}.txt")} for k in ("prose", "code")},
+        **({"size": {"params": "1.5x"}} if method == "fold" else {}),
+    }  # fmt: skip
+    findings = polymerge.merge(parse(recipe), tmp_path / "out", dry_run=True).report.findings
+    told = {f.subject: f.text for f in findings}
+    other = "prose" if anchor == "code" else "code"
+    assert "bits per byte on validation text" in told[f"{other}: translation"]
+    assert f"{anchor}: translation" not in told
+    assert (needle or "") in told.get("tokenizer: length", "")
+    assert ("tokenizer: length" in told) == (needle is not None)

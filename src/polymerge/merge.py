@@ -141,8 +141,9 @@ def prepare(
         fitted = rows_of(skills, "calibration", spoken.tokenizer, recipe.fold.length, SOME)
         preflight.check_positions(readers, fitted, test)
         some = rows_of(skills, "validation", spoken.tokenizer, recipe.fold.length, TOLD_ROWS)
-        told = preflight.translation_findings(spoken, readers, some, tokenizers, skills)
-        if recipe.method == "union":
+        union_asked = recipe.method == "union"
+        told = preflight.translation_findings(spoken, readers, some, tokenizers, skills, union=union_asked)
+        if union_asked:
             told.append(preflight.Finding("warning", "union", UNMEASURED))
         result.report = replace(report, findings=(*report.findings, *told))
     return Job(recipe, text, sources, readers, skills, tokenizers, spoken, shapes, test, result, clock, progress)

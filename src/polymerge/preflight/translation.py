@@ -20,7 +20,7 @@ from polymerge.readers import FINER
 
 SAMPLES, LETTERS = 4, 2000
 SHORTER = 0.95
-"""Tokens of this share of the result's mean length or less are shorter."""
+"""Tokens of this share of others' mean length or less are shorter."""
 LITTLE = 0.05
 """Bits per byte that healing makes up for."""
 
@@ -38,8 +38,10 @@ def translation_findings(
     rows: Mapping[str, Rows],
     tokenizers: Mapping[str, Any],
     skills: Mapping[str, Skill],
+    *,
+    union: bool = False,
 ) -> list[Finding]:
-    """What each foreign expert loses in being told, and whose tokenizer would lose least.
+    """What each foreign expert loses in being told, and whose tokenizer would be better for a fold or a `union`.
 
     rows: validation rows of every skill in the result's tokens; readers: experts, the foreign ones as `Foreign`.
     """
@@ -53,18 +55,32 @@ def translation_findings(
             f"({own:.3f} in its own): {_expected(cost)}"
         )
         out.append(Finding("approximate", f"{name}: translation", text))
-    if foreign:
-        lengths = {name: _bytes_per_token(t, skills) for name, t in tokenizers.items()}
-        mine = _bytes_per_token(speech.tokenizer, skills)
-        shortest = min(lengths, key=lambda name: lengths[name])
-        if lengths[shortest] < SHORTER * mine:
-            text = (
-                f"{shortest!r} has the shortest tokens, {lengths[shortest]:.2f} bytes each on these texts, the "
-                f"result's {mine:.2f}. Longer tokens can be told in shorter ones, not the other way round: "
-                f"`tokenizer: {shortest}` loses less per byte, with rows of more tokens"
-            )
-            out.append(Finding("warning", "tokenizer: length", text))
+    if foreign and (text := _whose(speech, tokenizers, skills, union=union)):
+        out.append(Finding("warning", "tokenizer: length", text))
     return out
+
+
+def _whose(speech: Speech, tokenizers: Mapping[str, Any], skills: Mapping[str, Skill], *, union: bool) -> str:
+    """Whose tokens would be better than the result's, if anybody's: a union's the shortest, else the longest."""
+    lengths = {
+        name: _bytes_per_token(t, skills) for name, t in tokenizers.items() if union or byte_view(t).kind != "words"
+    }
+    mine = _bytes_per_token(speech.tokenizer, skills)
+    name = (min if union else max)(lengths, key=lengths.__getitem__)
+    shorter, longer = sorted((lengths[name], mine))
+    if shorter >= SHORTER * longer:
+        return ""
+    of = f"tokens, {lengths[name]:.2f} bytes each on these texts, the result's {mine:.2f}"
+    if union:
+        return (
+            f"{name!r} has the shortest {of}. Longer tokens can be told in shorter ones, not the other way round: "
+            f"`tokenizer: {name}` loses less per byte, with rows of more tokens"
+        )
+    return (
+        f"{name!r} has the longest {of}. A row, and a step of healing, is so much more text by `tokenizer: {name}`: "
+        "of two pairs that were healed by 400 thousand tokens the worse skill lost 0.28 and 0.48 bits per byte by the "
+        "shorter tokens, 0.15 and 0.14 by the longer"
+    )
 
 
 def finer(speech: Speech, tokenizer: Any, name: str, skill: Skill) -> float:
