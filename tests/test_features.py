@@ -67,6 +67,9 @@ def test_a_fold_at_full_size_holds_the_states_of_its_expert(family, most, save_m
     features = replace(features, encoder=features.encoder.float())
     missed = float(features.missed(mine, theirs)) / data.tokens.numel()
     assert missed < most
+    known = torch.arange(data.tokens.shape[1]).expand(data.tokens.shape) % 2 == 0
+    spoilt = [state.masked_fill(~known[..., None], 1e6) for state in theirs]
+    assert float(features.missed(mine, spoilt, known)) / int(known.sum()) == pytest.approx(missed, rel=0.5, abs=1e-9)
     late = replace(features, layers=((0, 1), (1, 1)))
     assert float(late.missed(mine, theirs)) / data.tokens.numel() > missed + 0.1
 

@@ -202,6 +202,21 @@ def test_a_translated_teacher_and_a_foreign_expert_agree(folder):
     torch.testing.assert_close(foreign.log_probs(rows), there, atol=1e-4, rtol=1e-4)
 
 
+def test_a_translated_teacher_shows_its_states_where_its_own_tokens_end(folder):
+    translator, rows, reading = setting(BYTES, COARSE)
+    model = AutoModelForCausalLM.from_pretrained(folder / "code", dtype=torch.float32)
+    said = TranslatedTeacher(model, Foreign("code", Source(folder / "code"), translator))(
+        input_ids=rows, output_hidden_states=True
+    )
+    theirs = model(input_ids=reading.tokens, output_hidden_states=True).hidden_states
+    assert 0 < int(said.known.sum()) < rows.numel()
+    assert len(said.hidden_states) == len(theirs)
+    for row, time in said.known.nonzero().tolist():
+        assert reading.exact[row, time]
+        for found, own in zip(said.hidden_states, theirs, strict=True):
+            torch.testing.assert_close(found[row, time], own[row, reading.last[row, time]])
+
+
 def test_a_foreign_expert_reads_each_layer_once(folder, monkeypatch):
     source = Source(folder / "code")
     translator, rows, _ = setting(BYTES, COARSE)
@@ -315,13 +330,13 @@ def test_the_loss_across_tokenizers(folder, kind):
     model = AutoModelForCausalLM.from_pretrained(folder / "code", dtype=torch.float32)
     teacher = TranslatedTeacher(model, Foreign("code", source, translator))
     student = torch.randn(*rows.shape, len(BYTES), generator=torch.Generator().manual_seed(2)).requires_grad_()
-    alone = across(student, teacher, rows, kind=kind)
+    alone, _ = across(student, teacher, rows, kind=kind)
     assert float(alone.detach()) > 0
     (slope,) = torch.autograd.grad(alone, student)
     assert torch.isfinite(slope).all()
     with torch.no_grad():
         same = teacher(input_ids=rows).logits
-        assert float(across(same, teacher, rows, kind=kind)) < 0.05 * float(alone)
+        assert float(across(same, teacher, rows, kind=kind)[0]) < 0.05 * float(alone)
 
 
 def test_what_is_told_of_the_same_tokens_costs_nothing(folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polymerge.align.width import heed
@@ -39,13 +39,18 @@ class Features:
     centred: bool = False
 
     def missed(
-        self, result: Sequence[Float[Tensor, "row time width"]], expert: Sequence[Float[Tensor, "row time resid"]]
+        self,
+        result: Sequence[Float[Tensor, "row time width"]],
+        expert: Sequence[Float[Tensor, "row time resid"]],
+        known: Bool[Tensor, "row time"] | None = None,
     ) -> Float[Tensor, ""]:
         """Σ over positions of the mean over layers of |slice − Pᵀs|² ⁄ mean |Pᵀs|², weighted by `heed`.
 
         Differentiable in `result`. Both are the `hidden_states` of a transformers model: the embeddings, then what each
-        layer puts out.
+        layer puts out. `known`: the positions at which the expert has a state; None: all.
         """
+        if known is not None:
+            result, expert = ([state[known] for state in states] for states in (result, expert))
         total = torch.zeros((), device=result[0].device)
         end = self.start + self.encoder.shape[1]
         for mine, theirs in self.layers:

@@ -131,15 +131,18 @@ class Run:
         features: Features | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the student still lacks, summed over positions: of its teacher's predictions, in nats; of its states."""
-        guide, missed = self.guides[name], torch.zeros((), device=self.device)
+        guide, known, shown = self.guides[name], None, features is not None
         with self._autocast():
             if self._foreign(name):
-                return learning.across(student, guide, tokens, kind=self.settings.across), missed
-            with torch.no_grad():
-                theirs = guide(input_ids=tokens, use_cache=False, output_hidden_states=features is not None)
-        if features is not None:
-            missed = features.missed(states, theirs.hidden_states)
-        return kl(student, theirs.logits).sum(), missed
+                loss, theirs = learning.across(student, guide, tokens, kind=self.settings.across, states=shown)
+                known = theirs.known
+            else:
+                with torch.no_grad():
+                    theirs = guide(input_ids=tokens, use_cache=False, output_hidden_states=shown)
+                loss = kl(student, theirs.logits).sum()
+        if features is None:
+            return loss, torch.zeros((), device=self.device)
+        return loss, features.missed(states, theirs.hidden_states, known)
 
     def _foreign(self, name: str) -> bool:
         return isinstance(self.guides[name], TranslatedTeacher)

@@ -84,20 +84,23 @@ def across(
     tokens: Int64[Tensor, "row time"],
     *,
     kind: Literal["distribution", "likelihood"],
-) -> Float[Tensor, ""]:
-    """Loss on rows whose teacher has another tokenizer, summed over positions; differentiable in the student.
+    states: bool = False,
+) -> tuple[Float[Tensor, ""], Any]:
+    """Loss on rows whose teacher has another tokenizer, summed over positions; and what that said (with its `states`).
 
-    teacher: a `TranslatedTeacher`. `distribution` is KL to its distribution, in which the student's own shares fill in
-    what the teacher's tokens leave open: it learns nothing there from the teacher but the probability of the bytes that
-    follow. The text's tokens are drawn from what both should predict, so `next_token` tells the rest.
+    Differentiable in the student. teacher: a `TranslatedTeacher`. `distribution` is KL to its distribution, where the
+    student's own shares fill in what the teacher's tokens leave open: it learns nothing there from the teacher but the
+    probability of the bytes that follow. The text's tokens are drawn from what both should predict, so `next_token`
+    tells the rest.
     """
     guess = None
     if kind == "distribution":
         guess = student.detach().float().softmax(-1)
         guess = (1 - EVEN) * guess + EVEN / guess.shape[-1]
     with torch.no_grad():
-        theirs = teacher(input_ids=tokens, use_cache=False, guess=guess).logits
-    return kl(student, theirs).sum() if kind == "distribution" else likelihood(student, theirs, tokens)
+        said = teacher(input_ids=tokens, use_cache=False, guess=guess, output_hidden_states=states)
+    loss = kl(student, said.logits).sum() if kind == "distribution" else likelihood(student, said.logits, tokens)
+    return loss, said
 
 
 class Batches:

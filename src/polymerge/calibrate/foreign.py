@@ -94,10 +94,24 @@ class TranslatedTeacher(nn.Module):
         return device
 
     def forward(
-        self, input_ids: Int[Tensor, "row time"], guess: Float[Tensor, "row time vocab"] | None = None, **_: Any
+        self,
+        input_ids: Int[Tensor, "row time"],
+        guess: Float[Tensor, "row time vocab"] | None = None,
+        *,
+        output_hidden_states: bool = False,
+        **_: Any,
     ) -> SimpleNamespace:
-        """Distributions over the result's tokens (row, time, vocab); `guess`: see `Translator.project`."""
+        """Distributions over the result's tokens (row, time, vocab); `guess`: see `Translator.project`.
+
+        With `output_hidden_states` the expert's states as well, each paired with the result's tokens, and `known` (row,
+        time): the positions that end where a token of the expert's own does, and so have one.
+        """
         rows = input_ids.cpu()
         reading = self.foreign.read(rows)
-        found = self.model(input_ids=reading.tokens.to(self.device), use_cache=False).logits.float().log_softmax(-1)
-        return SimpleNamespace(logits=self.foreign.translator.project(found, reading, rows, guess))
+        out = self.model(
+            input_ids=reading.tokens.to(self.device), use_cache=False, output_hidden_states=output_hidden_states
+        )
+        told = self.foreign.translator.project(out.logits.float().log_softmax(-1), reading, rows, guess)
+        states = tuple(reading.paired(state, rows.shape[1]) for state in out.hidden_states or ())
+        known = (reading.exact & (reading.last >= 0)).to(self.device)
+        return SimpleNamespace(logits=told, hidden_states=states, known=known)

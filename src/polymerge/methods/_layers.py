@@ -115,15 +115,14 @@ class LayerFold:
             return _judge.lag(self, outer["head.weight"])
 
     def features(self) -> list[Features | None]:
-        """Where each expert's states stand in the target; None where there are none to compare, token by token."""
+        """Where each expert's states stand in the target; None where no layer but the last has any to compare."""
         found: list[Features | None] = []
         for k, (encoder, part) in enumerate(zip(self.encoders, self.slices, strict=True)):
             source, hosts = self.experts.sources[k], self.experts.hosts[k]
             layers = [(at, bisect_right(hosts, at) - 1) for at in range(self.target.layers - 1)]
             layers = [(at, i) for at, i in layers if 0 <= i < source.spec.layers - 1]
-            alike = self.texts.reading(k) is None and layers
             centred = source.spec.norm == "layer"
-            found.append(Features(encoder[:, part], part.start, tuple(layers), centred) if alike else None)
+            found.append(Features(encoder[:, part], part.start, tuple(layers), centred) if layers else None)
         return found
 
     def layer(self, index: int) -> dict[str, Tensor]:
