@@ -93,7 +93,7 @@ class Settings:
     training: Training = field(default_factory=Training)
     fold: folding.Settings = FOLD
     distil: Distil = field(default_factory=Distil)
-    tries: Mapping[str, int] = field(default_factory=dict)
+    tries: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 # Both stop training 200 updates after an expert generalises, and so share experts; the seed went on to update 7,500.
