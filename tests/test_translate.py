@@ -1,6 +1,7 @@
 """Experts with another tokenizer: readings are causal and exact where they say so, projections are distributions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from polymerge.align.token_bytes import byte_view
 from polymerge.align.translate import FLOOR, Translator
 from polymerge.calibrate import speech
 from polymerge.calibrate.foreign import Foreign, TranslatedTeacher
+from polymerge.calibrate.speech import Speech
 from polymerge.calibrate.texts import read_skill
 from polymerge.errors import CheckpointError, PreflightError
 from polymerge.model.source import Source
+from polymerge.preflight import translation
 from polymerge.readers import calibrate, readers_of
 from polymerge.recipe import parse
 from polymerge.teachers import across
@@ -374,3 +377,11 @@ def test_preflight_measures_what_telling_costs_and_advises_a_tokenizer(folder, t
     assert f"{anchor}: translation" not in told
     assert (needle or "") in told.get("tokenizer: length", "")
     assert ("tokenizer: length" in told) == (needle is not None)
+
+
+def test_a_result_that_speaks_longer_tokens_than_every_expert_is_advised_nothing(monkeypatch):
+    lengths = {id(BYTES): 1.0, id(COARSE): 2.0}
+    monkeypatch.setattr(translation, "_bytes_per_token", lambda tokenizer, _: lengths.get(id(tokenizer), 3.0))
+    experts, both = {"prose": BYTES, "code": COARSE}, Speech(object(), "prose", 10, union=True)
+    assert translation._whose(both, experts, {}, union=False) == ""
+    assert "'code' has the longest" in translation._whose(replace(both, tokenizer=BYTES), experts, {}, union=False)

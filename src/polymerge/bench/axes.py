@@ -15,8 +15,8 @@ OURS = ("union", *board.FOLDS)
 CONTROL = "anchor_distill"
 ABOUT = (
     "Worst skill, bits per byte over its owner, of experts that differ in one thing (seed: same architecture; all:"
-    " every axis at once; base, bases: both tuned from one model, or from two of different width). *Best rival* and"
-    " *best other control* are single models; a dash: no row."
+    " every axis at once but the tokenizer; base, bases: both tuned from one model, or from two of different width)."
+    " *Best rival* and *best other control* are single models; a dash: no row."
 )
 
 

@@ -126,8 +126,8 @@ OURS = (
 QUICK = (
     "The quick profile has one seed, one pair of tasks of the six, one kind of difference of the four, one size of"
     " three, no permutations, no expert that only knows its pairs by heart, one pair of texts at one size,"
-    " folded with a quarter of the full profile's text and refinement and healed with an eighth of its tokens: a smoke"
-    " test of the claims, no proof."
+    " folded with a quarter of the full profile's text and refinement and healed with an eighth of its tokens,"
+    " and there two of FS-Merge's three settings: a smoke test of the claims, no proof."
 )
 MEDIUM = "The medium profile has full's text cases at one size, with less healing: a quarter of the tokens."
 FAVOUR = (

@@ -9,7 +9,7 @@ in a cache folder under a hash of all that they depend on.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -93,7 +93,6 @@ class Settings:
     training: Training = field(default_factory=Training)
     fold: folding.Settings = FOLD
     distil: Distil = field(default_factory=Distil)
-    tries: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 # Both stop training 200 updates after an expert generalises, and so share experts; the seed went on to update 7,500.

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class ModularBed:
 
     metric = "accuracy"
     bases: tuple[str, ...] = ()
+    tries: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -54,7 +56,6 @@ class ModularBed:
     ) -> None:
         self.detail: modular.Detail = case.detail
         self.seed, self.settings, self.device, self.progress = seed, settings, device, progress
-        self.tries = settings.tries
         plans, cache = self.detail.experts, cache or modular.cache_folder()
         made = [modular.trained(p, settings, seed, cache=cache, device=device, progress=progress) for p in plans]
         self.records = [record for _, record in made]

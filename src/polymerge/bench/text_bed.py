@@ -29,7 +29,7 @@ from polymerge.errors import PreflightError
 from polymerge.evaluate import bits_per_byte
 from polymerge.features import Features
 from polymerge.heal import Heal
-from polymerge.merge import merge
+from polymerge.merge import UNMEASURED, merge
 from polymerge.methods import fold as folding
 from polymerge.methods._lift import alignable
 from polymerge.methods._pad import pad
@@ -38,8 +38,6 @@ from polymerge.model.spec import Spec
 from polymerge.model.target import load_student
 from polymerge.progress import Quiet
 from polymerge.readers import VALIDATION_ROWS, calibrate, load_expert, measure_experts, readers_of, rows_of
-
-UNMEASURED_UNION = "its model is too slow to measure on so much text, for it finds the result's tokens among those"
 
 
 class TextBed:
@@ -100,7 +98,7 @@ class TextBed:
         But for experts that read other tokens: it loses more at their boundaries, and is slow.
         """
         if self.foreign:
-            raise PreflightError(f"{UNMEASURED_UNION} of {', '.join(self.foreign)}")
+            raise PreflightError(UNMEASURED)
         return Outcome({s: row["union"] for s, row in self.table.items()}, sum(self.expert_parameters.values()))
 
     def fold(self) -> Outcome:

@@ -67,7 +67,7 @@ def _whose(speech: Speech, tokenizers: Mapping[str, Any], skills: Mapping[str, S
     }
     mine = _bytes_per_token(speech.tokenizer, skills)
     name = (min if union else max)(lengths, key=lengths.__getitem__)
-    shorter, longer = sorted((lengths[name], mine))
+    shorter, longer = (lengths[name], mine) if union else (mine, lengths[name])
     if shorter >= SHORTER * longer:
         return ""
     of = f"tokens, {lengths[name]:.2f} bytes each on these texts, the result's {mine:.2f}"
